@@ -1,0 +1,1 @@
+"""Checkpoint converters between Hugging Face and Megatron-Core, and weight export from a live model."""

@@ -1,0 +1,523 @@
+"""Checkpoints on disk: Megatron-LM's directory layout, made self-contained and written atomically.
+
+::
+
+    DIR/latest_checkpointed_iteration.txt   the newest whole iteration; written last
+    DIR/iter_0000100/                       torch_dist format of megatron.core.dist_checkpointing, any TP/PP layout
+    DIR/hf/                                 config.json, tokenizer, generation_config.json: what an HF export needs
+
+Writing is synchronous and in this process. Megatron's default strategy forks writers and starts a manager process,
+which needs a main guard in the calling script and is refused inside daemonic processes; the files are the same.
+
+Everything here but :func:`latest_iteration`, :func:`read_arguments` and the HF readers is a collective over all ranks
+(``dist_checkpointing`` uses the default group) on a file system that all ranks see. Metadata files are pickles: load
+checkpoints of people you trust.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_oisd.convert.families import arguments_from_hf_config
+from megatron_oisd.convert.weights import unwrap
+from megatron_oisd.errors import OISDError
+from megatron_oisd.runtime.model import ModelArguments
+
+LATEST = "latest_checkpointed_iteration.txt"
+HF_DIRECTORY = "hf"
+HF_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Files of an HF checkpoint that are kept next to the weights."""
+
+_INCOMPLETE = ".incomplete"
+_SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Megatron checkpoints
+
+
+def save_model(
+    chunks: list[nn.Module],
+    directory: str | Path,
+    iteration: int,
+    arguments: ModelArguments,
+    *,
+    hf_source: str | Path | None = None,
+    extra_state: dict[str, Any] | None = None,
+) -> Path:
+    """Write ``DIR/iter_NNNNNNN`` and make it the latest; a collective over all ranks.
+
+    The iteration appears under its name only when it is whole, and ``latest`` names it only after that: a killed run
+    leaves at most a hidden ``.incomplete`` directory, which the next save of that iteration removes. An iteration that
+    exists is replaced.
+
+    Args:
+        chunks: this rank's model chunks, bare or wrapped.
+        directory: the checkpoint's directory, made if missing.
+        iteration: number of finished iterations.
+        arguments: the model's shape, stored as Megatron-LM's ``args`` (which its loader reads).
+        hf_source: directory whose :data:`HF_FILES` are copied to ``DIR/hf``; needed once for a new directory.
+        extra_state: merged into the saved state: sharded optimizer state, or plain values equal on all ranks.
+
+    Returns:
+        The directory of the iteration.
+
+    Raises:
+        OISDError: the directory cannot be written, on every rank.
+    """
+    from megatron.core import dist_checkpointing
+
+    directory = Path(directory)
+    target = directory / iteration_name(iteration)
+    work = directory / f".{target.name}{_INCOMPLETE}"
+    state = model_state(chunks)
+    clash = sorted({*state, "args", "iteration", "checkpoint_version"} & set(extra_state or {}))
+    assert not clash, f"extra_state may not contain {clash}"
+    state |= {"iteration": iteration, "checkpoint_version": 3.0, "args": _megatron_args(chunks, arguments)}
+    state |= extra_state or {}
+
+    def prepare() -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        if hf_source is not None:
+            copy_hf_files(hf_source, directory / HF_DIRECTORY)
+
+    def publish() -> None:
+        _sync_directory(work)
+        replace_directory(work, target)
+        _write_text(directory / LATEST, f"{iteration}\n")
+
+    try:
+        _on_rank_0(prepare, f"cannot write checkpoint {directory}")
+        _collectively(
+            lambda: dist_checkpointing.save(state, str(work), sharded_strategy=_save_strategy()),
+            f"cannot write checkpoint {target}",
+            "check the free space and that all ranks see this file system",
+        )
+        _on_rank_0(publish, f"cannot write checkpoint {target}")
+    except BaseException:
+        if dist.get_rank() == 0:
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    return target
+
+
+def load_model(
+    chunks: list[nn.Module],
+    directory: str | Path,
+    iteration: int | None = None,
+    *,
+    extra_state: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Fill the model chunks from a checkpoint written at any TP/PP/VPP layout; a collective over all ranks.
+
+    Values are cast to each parameter's dtype. Vocabulary rows that the checkpoint's padding lacks become zero, and
+    those that only it has are dropped.
+
+    Args:
+        chunks: this rank's model chunks, bare or wrapped.
+        directory: the checkpoint's directory.
+        iteration: which one; None for the latest.
+        extra_state: template of what else to load, e.g. the optimizer's sharded state dict.
+
+    Returns:
+        All other entries of the checkpoint: ``iteration``, ``args``, the loaded ``extra_state`` and plain values.
+
+    Raises:
+        OISDError: the checkpoint is missing, incomplete, damaged or another model's, on every rank.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.validation import StrictHandling
+
+    directory = Path(directory)
+    path = _collectively(lambda: _whole_iteration(directory, iteration), f"cannot read checkpoint {directory}", "")
+    template = model_state(chunks)
+    names = list(template)
+    template |= extra_state or {}
+    # Transformer Engine's extra state (fp8 statistics) is absent from checkpoints written without it, and the reverse.
+    state, _, unexpected = _collectively(
+        lambda: dist_checkpointing.load(template, str(path), strict=StrictHandling.RETURN_UNEXPECTED),
+        f"checkpoint {path} cannot be loaded",
+        "it is damaged or another model's; load an earlier one with --iteration, or convert the HF model again",
+    )
+    absent = sorted(key for key in unexpected if "_extra_state" not in key)
+
+    def fill() -> None:
+        if absent:
+            raise OISDError(
+                f"checkpoint {path} lacks {', '.join(absent[:3])}: it is another model's; convert the HF model again"
+            )
+        for name, chunk in zip(names, chunks, strict=True):
+            result = unwrap(chunk).load_state_dict(state.pop(name), strict=False)
+            missing = [key for key in result.missing_keys if "_extra_state" not in key]
+            if missing:
+                raise OISDError(f"checkpoint {path} lacks {', '.join(missing[:3])}: it is another model's")
+
+    _collectively(fill, f"checkpoint {path} cannot be loaded", "")
+    return state
+
+
+def model_state(chunks: list[nn.Module]) -> dict[str, Any]:
+    """Return the chunks' sharded state dicts under Megatron-LM's keys: ``model``, or ``model0``, ``model1`` for VPP."""
+    if len(chunks) == 1:
+        return {"model": unwrap(chunks[0]).sharded_state_dict()}
+    return {f"model{i}": unwrap(chunk).sharded_state_dict() for i, chunk in enumerate(chunks)}
+
+
+def iteration_name(iteration: int) -> str:
+    """Return Megatron-LM's directory name of an iteration."""
+    return f"iter_{iteration:07d}"
+
+
+def latest_iteration(directory: str | Path) -> int:
+    """Return the iteration that ``latest_checkpointed_iteration.txt`` names.
+
+    Raises:
+        OISDError: there is no such file, or it holds no number.
+    """
+    path = Path(directory) / LATEST
+    try:
+        text = path.read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        raise OISDError(
+            f"{directory} is not a Megatron checkpoint: no readable {LATEST}; "
+            f"make one with tools/convert_hf_to_mcore.py"
+        ) from None
+    if not text.isdecimal():
+        raise OISDError(
+            f"{path} holds {text[:40]!r}, expected an iteration number: write the number of an iter_ directory"
+        )
+    return int(text)
+
+
+def read_arguments(directory: str | Path) -> ModelArguments:
+    """Return the shape of the model in a Megatron checkpoint directory, from its ``hf/config.json``.
+
+    Raises:
+        OISDError: the file is missing or unreadable, or describes an unsupported model.
+    """
+    hf = Path(directory) / HF_DIRECTORY
+    if not hf.is_dir():
+        raise OISDError(
+            f"{directory} has no {HF_DIRECTORY}/ with the model's config.json: convert the HF model with "
+            f"tools/convert_hf_to_mcore.py, or copy the HF config and tokenizer files there"
+        )
+    return arguments_from_hf_config(read_hf_config(hf))
+
+
+def stored_dtype(directory: str | Path, iteration: int | None = None) -> torch.dtype:
+    """Return the dtype of the stored model weights: the common one, or float32 where they differ."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    metadata = FileSystemReader(_whole_iteration(Path(directory), iteration)).read_metadata()
+    return common_dtype(
+        {
+            entry.properties.dtype
+            for name, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+            and name.split(".")[0] in ("embedding", "decoder", "output_layer")
+        }
+    )
+
+
+def common_dtype(dtypes: set[torch.dtype]) -> torch.dtype:
+    """Return the one dtype in the set, or float32, which loses none of them."""
+    return next(iter(dtypes)) if len(dtypes) == 1 else torch.float32
+
+
+def _save_strategy() -> Any:
+    """Torch's own synchronous writer behind Megatron's sharding: no forks, one file for each rank that has data."""
+    from megatron.core.dist_checkpointing.strategies import torch as megatron_torch
+    from torch.distributed import checkpoint
+
+    class SynchronousSave(megatron_torch.TorchDistSaveShardedStrategy):
+        def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
+            renamed, _, _ = megatron_torch._replace_state_dict_keys_with_sharded_keys(
+                sharded_state_dict, self.keep_only_main_replica
+            )
+            checkpoint.save(
+                megatron_torch.mcore_to_pyt_state_dict(renamed, False),
+                storage_writer=checkpoint.FileSystemWriter(checkpoint_dir, thread_count=1),
+                planner=megatron_torch.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+            )
+
+    return SynchronousSave("torch_dist", 1)
+
+
+def _megatron_args(chunks: list[nn.Module], arguments: ModelArguments) -> argparse.Namespace:
+    config: Any = unwrap(chunks[0]).config
+    return argparse.Namespace(
+        **dataclasses.asdict(arguments),
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
+        padded_vocab_size=arguments.padded_vocab_size(config.tensor_model_parallel_size),
+        params_dtype=config.params_dtype,
+        ckpt_format="torch_dist",
+    )
+
+
+def _whole_iteration(directory: Path, iteration: int | None) -> Path:
+    """Return the directory of the iteration after checking that every byte its metadata names is there."""
+    cure = "save or convert it again, or load another one with --iteration"
+    number = latest_iteration(directory) if iteration is None else iteration
+    path = directory / iteration_name(number)
+    if not path.is_dir():
+        there = sorted(p.name for p in directory.glob("iter_*")) if directory.is_dir() else []
+        raise OISDError(f"{path} does not exist: expected one of {', '.join(there) or 'no iterations at all'}; {cure}")
+    for name in ("metadata.json", "common.pt", ".metadata"):
+        if not (path / name).is_file():
+            raise OISDError(f"checkpoint {path} is incomplete: {name} is missing; {cure}")
+    from torch.distributed.checkpoint import FileSystemReader
+
+    try:
+        with open(path / "metadata.json") as file:
+            json.load(file)
+        metadata = FileSystemReader(path).read_metadata()
+        pieces = list((metadata.storage_data or {}).values())
+        ends: dict[str, int] = {}
+        for piece in pieces:
+            ends[piece.relative_path] = max(ends.get(piece.relative_path, 0), piece.offset + piece.length)
+    except Exception as error:
+        raise OISDError(
+            f"checkpoint {path} is damaged: its metadata cannot be read ({_brief(error)}); {cure}"
+        ) from error
+    for name, end in sorted(ends.items()):
+        file_path = path / name
+        if not file_path.is_file():
+            raise OISDError(f"checkpoint {path} is incomplete: {name} is missing; {cure}")
+        if file_path.stat().st_size < end:
+            raise OISDError(
+                f"checkpoint {path} is damaged: {name} has {file_path.stat().st_size} bytes, expected {end}; {cure}"
+            )
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# HF checkpoints
+
+
+def read_hf_config(directory: str | Path) -> dict[str, Any]:
+    """Parse ``config.json`` of an HF checkpoint directory; :class:`OISDError` where it is missing or no JSON object."""
+    path = Path(directory) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise OISDError(
+            f"{path} cannot be read: expected a directory in HF format (config.json, *.safetensors)"
+        ) from None
+    except ValueError as error:
+        raise OISDError(f"{path} is not valid JSON ({_brief(error)}): download the model again") from None
+    if not isinstance(config, dict):
+        raise OISDError(f"{path} holds no JSON object: download the model again")
+    return config
+
+
+def copy_hf_files(source: str | Path, target: str | Path) -> None:
+    """Copy config, tokenizer and generation settings, replacing the directory ``target`` in one step."""
+    source, target = Path(source), Path(target)
+    if source.resolve() == target.resolve():
+        return
+    work = target.with_name(f".{target.name}{_INCOMPLETE}")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    for name in HF_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, work / name)
+    replace_directory(work, target)
+
+
+class SafetensorsDirectory(Mapping[str, Tensor]):
+    """The tensors of an HF checkpoint directory by name, read from disk when they are asked for.
+
+    Args:
+        directory: holds ``model.safetensors``, or shards with ``model.safetensors.index.json``.
+
+    Raises:
+        OISDError: no safetensors, a shard is missing or truncated, or index and shards disagree.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self._file_of: dict[str, str] = {}
+        self._files: dict[str, Any] = {}
+        index = self.directory / "model.safetensors.index.json"
+        if index.is_file():
+            try:
+                mapping = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                self._file_of = {str(name): str(file) for name, file in mapping.items()}
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise OISDError(f"{index} is not a valid safetensors index: download the model again") from None
+            for name, file in self._file_of.items():
+                if name not in self._names_in(file):
+                    raise OISDError(
+                        f"{self.directory / file} lacks {name}, which {index.name} places there: "
+                        f"download the model again"
+                    )
+        elif (self.directory / "model.safetensors").is_file():
+            self._file_of = dict.fromkeys(self._names_in("model.safetensors"), "model.safetensors")
+        else:
+            others = any(self.directory.glob("*.bin")) or any(self.directory.glob("*.pt*"))
+            reason = "only pickled weights, which are not read" if others else "no weights"
+            raise OISDError(f"{self.directory} has {reason}: expected model.safetensors or its shards with their index")
+
+    def __getitem__(self, name: str) -> Tensor:
+        file = self._file_of[name]
+        try:
+            tensor: Tensor = self._open(file).get_tensor(name)
+        except Exception as error:
+            raise OISDError(
+                f"{self.directory / file} cannot be read at {name} ({_brief(error)}): download the model again"
+            ) from error
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def __len__(self) -> int:
+        return len(self._file_of)
+
+    def dtype(self) -> torch.dtype:
+        """Return the common dtype of all tensors, float32 where they differ; reads headers only."""
+        found = set()
+        for name, file in self._file_of.items():
+            stored = self._open(file).get_slice(name).get_dtype()
+            if stored not in _SAFETENSORS_DTYPES:
+                raise OISDError(
+                    f"{self.directory / file}: {name} is stored as {stored}, expected one of "
+                    f"{', '.join(_SAFETENSORS_DTYPES)}: quantised weights cannot be trained"
+                )
+            found.add(_SAFETENSORS_DTYPES[stored])
+        return common_dtype(found)
+
+    def _names_in(self, file: str) -> set[str]:
+        return set(self._open(file).keys())
+
+    def _open(self, file: str) -> Any:
+        from safetensors import safe_open
+
+        if file not in self._files:
+            path = self.directory / file
+            if not path.is_file():
+                raise OISDError(f"{path} is missing: the checkpoint is incomplete, download the model again")
+            try:
+                self._files[file] = safe_open(path, framework="pt", device="cpu")
+            except Exception as error:
+                raise OISDError(f"{path} is damaged ({_brief(error)}): download the model again") from error
+        return self._files[file]
+
+
+def tokenizer_size(directory: str | Path) -> int | None:
+    """Return the number of tokens of a checkpoint's tokenizer, None where there are no tokenizer files."""
+    directory = Path(directory)
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return len(AutoTokenizer.from_pretrained(directory, trust_remote_code=False))
+    except Exception as error:
+        raise OISDError(
+            f"the tokenizer in {directory} cannot be loaded ({_brief(error)}): download it again"
+        ) from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Directories and ranks
+
+
+def replace_directory(work: Path, target: Path) -> None:
+    """Rename ``work`` to ``target``, moving an existing ``target`` out of the way first and deleting it last."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.rename(target, old)
+    os.rename(work, target)
+    _sync_directory(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_text(path: Path, text: str) -> None:
+    work = path.with_name(f".{path.name}{_INCOMPLETE}")
+    with open(work, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(work, path)
+
+
+def _sync_directory(path: Path) -> None:
+    """Make the directory's entries durable, so that a rename cannot reach the disk before what it names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _on_rank_0(function: Callable[[], None], what: str) -> None:
+    """Run on rank 0 only; where it fails, fail on every rank with one line."""
+    _collectively(lambda: function() if dist.get_rank() == 0 else None, what, "check its permissions and free space")
+
+
+def _collectively(function: Callable[[], Any], what: str, cure: str) -> Any:
+    """Run on every rank; where any rank fails, raise :class:`OISDError` on all, so that none waits for another.
+
+    The line is the first failing rank's own :class:`OISDError`, or made of ``what``, the error and ``cure``.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    result: Any = None
+    line: str | None = None
+    cause: BaseException | None = None
+    try:
+        with warnings.catch_warnings():
+            # Megatron-Core's own calls of torch's older checkpoint functions: nothing a user could act on.
+            warnings.simplefilter("ignore", FutureWarning)
+            result = function()
+    except OISDError as error:
+        line, cause = str(error), error
+    except (Exception, CheckpointException) as error:  # the latter is torch's, and no Exception
+        line, cause = f"{what} ({_brief(error)}): {cure}", error
+    lines: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(lines, line)
+    first = next((found for found in lines if found), None)
+    if first is not None:
+        raise OISDError(first) from cause
+    return result
+
+
+def _brief(error: BaseException) -> str:
+    """First line of an error's message, with its type where the message alone says little."""
+    # Torch wraps what the ranks raised; the wrapper's own text is a multi-line dump.
+    failures = getattr(error, "failures", None)
+    if failures:
+        error = next(iter(failures.values()))[0]
+    text = (str(error).strip() or "no message").splitlines()[0]
+    return f"{type(error).__name__}: {text[:200]}"

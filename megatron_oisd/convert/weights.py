@@ -1,0 +1,326 @@
+"""Moves weights between full HF tensors and a live Megatron model, in any TP/PP/VPP layout.
+
+:func:`load_hf_weights` cuts this rank's shards out of full tensors, without communication. :func:`export_hf_weights` is
+the way back, a collective that serves the rollout engine after every optimizer step and the HF export alike. What a
+parameter is made of is the rule table of :mod:`megatron_oisd.convert.families`; nothing here knows a family.
+
+Process groups come from the caller or from the model itself, never from global state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from megatron_oisd.convert.families import (
+    IGNORED_HF_SUFFIXES,
+    Rule,
+    dimensions,
+    expand,
+    hf_shapes,
+    numbered,
+    rules_for,
+)
+from megatron_oisd.errors import OISDError
+from megatron_oisd.runtime.model import ModelArguments
+
+BUCKET_BYTES = 64 * 2**20
+"""Bytes of one stage's shard that travel in one broadcast (and one gather, which receives TP times as many)."""
+
+
+@torch.no_grad()
+def load_hf_weights(
+    chunks: list[nn.Module],
+    arguments: ModelArguments,
+    tensors: Mapping[str, Tensor],
+    *,
+    progress: bool = False,
+) -> None:
+    """Fill the model chunks of this rank from full HF tensors; no communication.
+
+    Values are cast to each parameter's dtype. Rows of the vocabulary beyond ``arguments.vocab_size`` become zero. An
+    optimizer with its own fp32 copies must be told afterwards (``optimizer.reload_model_params()``).
+
+    Args:
+        chunks: this rank's ``GPTModel`` chunks, bare or wrapped (DistributedDataParallel, Float16Module).
+        arguments: the model's shape.
+        tensors: full HF tensors by name; looked up once each, so a lazy mapping reads no more than it must.
+        progress: show a progress bar.
+
+    Raises:
+        OISDError: a tensor is missing or has another shape than ``arguments`` say, a parameter of the model has no
+            rule, or TP does not divide the number of query groups.
+    """
+    sizes = dimensions(arguments)
+    local = _local_parameters(chunks, arguments)
+    for entry in tqdm(local, desc="weights", unit="tensor", disable=not progress):
+        parts = []
+        for source in entry.rule.hf:
+            name = numbered(source.name, entry.layer)
+            shape = tuple(sizes[symbol] for symbol in source.shape)
+            parts.append(_checked(tensors, name, shape))
+        shard = _cut(entry.rule, parts, arguments, entry.tp_rank, entry.tp_size, entry.parameter.shape)
+        if shard.shape != entry.parameter.shape:
+            raise OISDError(
+                f"parameter {numbered(entry.rule.megatron[0], entry.layer)} has shape {tuple(entry.parameter.shape)}, "
+                f"and the HF tensors give {tuple(shard.shape)}: the model was not built from this config.json"
+            )
+        entry.parameter.copy_(shard)
+
+
+def export_hf_weights(
+    chunks: list[nn.Module],
+    arguments: ModelArguments,
+    *,
+    tp_group: dist.ProcessGroup,
+    pp_group: dist.ProcessGroup,
+    dtype: torch.dtype | None = None,
+    bucket_bytes: int = BUCKET_BYTES,
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield every HF tensor of the model, whole, on every rank of the model-parallel group.
+
+    A collective: every rank of ``tp_group`` x ``pp_group`` must iterate to the end. Names come in the order of the
+    forward pass, the same on all ranks; padded vocabulary rows are cut; a tied ``lm_head`` is not emitted. Each tensor
+    owns its storage, so that it may be kept or changed. Parameters are read when their bucket is packed: do not step
+    the optimizer between first and last item. With overlapped parameter gathers, wait for them first
+    (``DistributedDataParallel.start_param_sync(force_sync=True)``).
+
+    Communication: one ``all_gather_object`` of names over ``pp_group``; then per bucket of ``bucket_bytes`` one
+    broadcast of the owning stage's shards over ``pp_group`` and one all-gather over ``tp_group``. A group of one rank
+    is not used at all.
+
+    Args:
+        chunks: this rank's model chunks, bare or wrapped.
+        arguments: the model's shape.
+        tp_group: tensor-parallel group of this rank.
+        pp_group: pipeline-parallel group of this rank.
+        dtype: dtype of the yielded tensors, cast **before** they travel; None for the parameters' own.
+        bucket_bytes: size of a bucket, as above.
+    """
+    mine = {
+        (entry.rule.megatron[0], entry.layer): entry.parameter.detach()
+        for entry in _local_parameters(chunks, arguments)
+        if entry.rule.copy_of is None
+    }
+    tp_size, pp_size, pp_rank = tp_group.size(), pp_group.size(), pp_group.rank()
+    # Data, not assumptions about the layout: uneven and custom pipeline splits export too.
+    headers = {key: (tuple(p.shape), dtype or p.dtype) for key, p in mine.items()}
+    by_stage: list[dict[tuple[str, int | None], tuple[tuple[int, ...], torch.dtype]]] = [headers] * pp_size
+    if pp_size > 1:
+        by_stage = [{}] * pp_size
+        dist.all_gather_object(by_stage, headers, group=pp_group)
+    owners = {key: stage for stage, keys in enumerate(by_stage) for key in keys}
+
+    device = next(iter(mine.values())).device if mine else torch.empty(0, device="cuda").device
+    for bucket in _buckets(arguments, owners, by_stage, bucket_bytes):
+        if bucket.stage == pp_rank:
+            flat = torch.cat([mine[item.key].reshape(-1).to(bucket.dtype) for item in bucket.items])
+        else:
+            flat = torch.empty(sum(item.numel for item in bucket.items), dtype=bucket.dtype, device=device)
+        if pp_size > 1:
+            dist.broadcast(flat, src=dist.get_global_rank(pp_group, bucket.stage), group=pp_group)
+        shards = flat[None]
+        if tp_size > 1:
+            shards = flat.new_empty(tp_size, flat.numel())
+            dist.all_gather_into_tensor(shards.view(-1), flat, group=tp_group)
+        offset = 0
+        for item in bucket.items:
+            pieces = [shard[offset : offset + item.numel].view(item.shape) for shard in shards]
+            offset += item.numel
+            for source, full in zip(item.rule.hf, _assemble(item.rule, pieces, arguments), strict=True):
+                yield numbered(source.name, item.layer), full
+
+
+def check_tensor_names(arguments: ModelArguments, names: Iterable[str], where: str = "the HF checkpoint") -> None:
+    """Raise :class:`OISDError` unless ``names`` are the HF tensors of the model, no fewer and no more.
+
+    A stored ``lm_head`` next to tied embeddings is accepted, as transformers does: tied weights ignore it.
+    """
+    expected, given = set(hf_shapes(arguments)), set(names)
+    missing = sorted(expected - given)
+    if missing:
+        raise OISDError(
+            f"{where} lacks {_some(missing)}: the checkpoint is incomplete or config.json is another model's"
+        )
+    if not arguments.untie_embeddings_and_output_weights:
+        expected.add("lm_head.weight")
+    unknown = sorted(name for name in given - expected if not name.endswith(IGNORED_HF_SUFFIXES))
+    if unknown:
+        raise OISDError(
+            f"{where} has {_some(unknown)}, which {arguments.architecture} does not: "
+            f"config.json is another model's, or the "
+            f"checkpoint holds adapters or quantised weights (merge or dequantise them first)"
+        )
+
+
+@dataclass(frozen=True)
+class _Local:
+    """A parameter of this rank and what it is."""
+
+    rule: Rule
+    layer: int | None  # 0-based, in the whole model
+    parameter: nn.Parameter
+    tp_rank: int
+    tp_size: int
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One parameter inside a bucket: the shape is that of one TP shard."""
+
+    rule: Rule
+    layer: int | None
+    shape: tuple[int, ...]
+
+    @property
+    def key(self) -> tuple[str, int | None]:
+        return self.rule.megatron[0], self.layer
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """Parameters next to each other in the model that one stage owns and that share a dtype."""
+
+    stage: int
+    dtype: torch.dtype
+    items: list[_Item]
+
+
+def _buckets(
+    arguments: ModelArguments,
+    owners: Mapping[tuple[str, int | None], int],
+    by_stage: list[dict[tuple[str, int | None], tuple[tuple[int, ...], torch.dtype]]],
+    bucket_bytes: int,
+) -> Iterator[_Bucket]:
+    """Cut the whole model, in the order of its forward pass, into buckets; the same on every rank."""
+    current: _Bucket | None = None
+    filled = 0
+    for rule, layer in expand(arguments):
+        if rule.copy_of is not None:
+            continue
+        key = rule.megatron[0], layer
+        assert key in owners, f"no pipeline stage owns {numbered(*key)}"
+        stage = owners[key]
+        shape, dtype = by_stage[stage][key]
+        item = _Item(rule, layer, shape)
+        size = item.numel * dtype.itemsize
+        if current and (current.stage != stage or current.dtype != dtype or filled + size > bucket_bytes):
+            yield current
+            current = None
+        if current is None:
+            current, filled = _Bucket(stage, dtype, []), 0
+        current.items.append(item)
+        filled += size
+    if current:
+        yield current
+
+
+def unwrap(chunk: nn.Module) -> Any:
+    """Return the ``GPTModel`` inside DistributedDataParallel and Float16Module."""
+    inner: Any = chunk
+    while not hasattr(inner, "decoder") and isinstance(getattr(inner, "module", None), nn.Module):
+        inner = inner.module
+    assert hasattr(inner, "decoder"), f"{type(inner).__name__} holds no GPTModel"
+    return inner
+
+
+def _local_parameters(chunks: list[nn.Module], arguments: ModelArguments) -> list[_Local]:
+    """Every parameter of this rank's chunks with its rule, in the chunks' own order."""
+    rules = {name: rule for rule in rules_for(arguments) for name in rule.megatron}
+    entries = []
+    for chunk in map(unwrap, chunks):
+        tp_group: Any = chunk.pg_collection.tp
+        tp_size, tp_rank = tp_group.size(), tp_group.rank()
+        if arguments.num_query_groups % tp_size:
+            raise OISDError(
+                f"TP {tp_size} does not divide the model's {arguments.num_query_groups} query groups: "
+                f"use a TP that does"
+            )
+        layers: Any = chunk.decoder.layers
+        for name, parameter in chunk.named_parameters():
+            pattern, layer = name, None
+            if name.startswith("decoder.layers."):
+                _, _, local, rest = name.split(".", 3)
+                # The module knows its place in the whole model; its index in the chunk says nothing under PP.
+                layer = layers[int(local)].layer_number - 1
+                pattern = f"decoder.layers.{{layer}}.{rest}"
+            if pattern not in rules:
+                raise OISDError(
+                    f"the model has a parameter {name} that {arguments.architecture} does not: "
+                    f"the model was built with options that the converter does not know"
+                )
+            entries.append(_Local(rules[pattern], layer, parameter, tp_rank, tp_size))
+    return entries
+
+
+def _checked(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+    try:
+        tensor = tensors[name]
+    except KeyError:
+        raise OISDError(
+            f"HF tensor {name} is missing: the checkpoint is incomplete or config.json is another model's"
+        ) from None
+    if tuple(tensor.shape) != shape:
+        raise OISDError(f"HF tensor {name} has shape {tuple(tensor.shape)}, and config.json says {shape}")
+    return tensor
+
+
+def _cut(
+    rule: Rule, parts: list[Tensor], arguments: ModelArguments, tp_rank: int, tp_size: int, shape: torch.Size
+) -> Tensor:
+    """Return shard ``tp_rank`` of the parameter; ``shape`` is the parameter's, for the padding of the vocabulary."""
+    if rule.layout == "qkv":
+        groups = arguments.num_query_groups
+        tail = parts[0].shape[1:]
+        grouped = [part.reshape(groups, -1, *tail) for part in parts]
+        mine = [_slice(part, 0, tp_rank, tp_size) for part in grouped]
+        return torch.cat(mine, dim=1).flatten(0, 1)
+    if rule.layout == "gate_up":
+        return torch.cat([_slice(part, 0, tp_rank, tp_size) for part in parts])
+    (part,) = parts
+    if rule.layout == "vocabulary":
+        rows = part[shape[0] * tp_rank : shape[0] * (tp_rank + 1)]
+        return torch.cat([rows, rows.new_zeros(shape[0] - len(rows), *rows.shape[1:])])
+    return part if rule.tp_axis is None else _slice(part, rule.tp_axis, tp_rank, tp_size)
+
+
+def _slice(tensor: Tensor, axis: int, index: int, count: int) -> Tensor:
+    size = tensor.shape[axis] // count
+    return tensor.narrow(axis, index * size, size)
+
+
+def _assemble(rule: Rule, shards: list[Tensor], arguments: ModelArguments) -> list[Tensor]:
+    """Inverse of :func:`_cut`: the HF tensors, with storage of their own, from all TP shards in order."""
+    if rule.layout == "qkv":
+        head, tail = arguments.kv_channels, shards[0].shape[1:]
+        queries = arguments.num_attention_heads // arguments.num_query_groups
+        grouped = torch.cat([shard.view(-1, (queries + 2) * head, *tail) for shard in shards])
+        parts = grouped.split([queries * head, head, head], dim=1)
+        return [part.flatten(0, 1).clone(memory_format=torch.contiguous_format) for part in parts]
+    if rule.layout == "gate_up":
+        halves = [shard.chunk(2) for shard in shards]
+        return [torch.cat(pieces) for pieces in zip(*halves, strict=True)]
+    if rule.tp_axis is None:
+        return [shards[0].clone()]
+    if rule.layout == "vocabulary":
+        rows, kept, remaining = [], shards[0].shape[0], arguments.vocab_size
+        for shard in shards:
+            rows.append(shard[: max(0, min(kept, remaining))])
+            remaining -= kept
+        return [torch.cat(rows)]
+    return [torch.cat(shards, dim=rule.tp_axis)]
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more tensors"

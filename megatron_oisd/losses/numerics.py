@@ -1,0 +1,55 @@
+"""Precision and reduction helpers shared by the losses."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Group = dist.ProcessGroup | None
+
+
+def upcast(tensor: Tensor) -> Tensor:
+    """At least fp32: half precisions become fp32, float64 (used by the proofs) stays."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def group_size(group: Group) -> int:
+    """Ranks in ``group``; 1 for None."""
+    return 1 if group is None else group.size()
+
+
+def all_reduce_sum_(tensor: Tensor, group: Group) -> Tensor:
+    """Sum ``tensor`` in place over ``group``; no autograd. None is a group of one."""
+    if group_size(group) > 1:
+        dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+def log_sum_exp(parts: Tensor, group: Group) -> Tensor:
+    """Log-sum-exp along the sharded last axis, one collective for all rows.
+
+    Args:
+        parts: logits ``[..., v]``, at least fp32. A shard without any valid column (``v == 0``) is allowed.
+        group: the ranks that share the axis.
+
+    Returns:
+        ``[...]``, identical on every rank. Collectives: one all-gather of ``2 * rows`` numbers; not differentiable.
+    """
+    if parts.shape[-1]:
+        maximum = parts.amax(-1)
+        # A row of -inf only (every column masked) has no mass: keep it out of the exponent.
+        shift = torch.where(torch.isinf(maximum) & (maximum < 0), torch.zeros_like(maximum), maximum)
+        total = (parts - shift.unsqueeze(-1)).exp().sum(-1)
+    else:
+        shift = parts.new_full(parts.shape[:-1], -torch.inf)
+        total = parts.new_zeros(parts.shape[:-1])
+    if group_size(group) == 1:
+        return shift + total.log()
+    local = torch.stack([shift, total])
+    gathered = [torch.empty_like(local) for _ in range(group_size(group))]
+    dist.all_gather(gathered, local, group=group)
+    shifts = torch.stack([part[0] for part in gathered])
+    totals = torch.stack([part[1] for part in gathered])
+    top = shifts.amax(0)
+    return top + (totals * (shifts - top).exp()).sum(0).log()

@@ -1,0 +1,65 @@
+"""OISD's metrics: collected where a student lives, equal on every rank once reduced."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_oisd.losses.numerics import Group, group_size
+
+_FIELDS = ("signed", "unsigned", "weight", "share")
+
+
+class Metrics:
+    """Sums of per-token values by (kind, layer), until they are reduced.
+
+    Args:
+        kinds: the losses that are on, of ``"think"`` and ``"attn"``; the same on every rank.
+        layers: student layers counted from 1; likewise.
+        device: where the sums live; nothing is copied to the host before :meth:`reduce`.
+    """
+
+    def __init__(self, kinds: tuple[str, ...], layers: tuple[int, ...], device: torch.device) -> None:
+        self.kinds, self.layers = kinds, layers
+        self._row = {(kind, layer): i for i, (kind, layer) in enumerate((k, n) for k in kinds for n in layers)}
+        self._sums = torch.zeros(len(self._row), len(_FIELDS), dtype=torch.float64, device=device)
+        self._counts = torch.zeros(len(self._row), dtype=torch.float64, device=device)
+        self._last_counts = torch.zeros_like(self._counts)
+
+    def add(self, kind: str, layer: int, values: Tensor, weights: Tensor, shares: Tensor, denominator: int) -> None:
+        """Add one microbatch: unweighted values ``[N]``, signed weights, shares of the mean, its denominator."""
+        row, shared = self._row[kind, layer], shares * values
+        update = torch.stack([(weights * shared).sum(), shared.sum(), (weights * shares).sum(), shares.sum()])
+        self._sums[row] += update.to(self._sums.dtype)
+        self._counts[row] += denominator
+
+    def reset(self) -> None:
+        """Drop all sums."""
+        self._sums.zero_()
+        self._counts.zero_()
+
+    def reduce(self, *, tp_group: Group, pp_group: Group, dp_group: Group) -> dict[str, float]:
+        """Metrics of everything added since the last reset, equal on every rank; then reset.
+
+        Collectives: one all-reduce over each of the groups that has more than one rank.
+        """
+        packed = torch.cat([self._sums, self._counts.unsqueeze(1)], dim=1)
+        # Every tensor-parallel rank counted the same tokens; attention values are means over its own heads.
+        packed /= group_size(tp_group)
+        for group in (tp_group, pp_group, dp_group):
+            if group_size(group) > 1:
+                dist.all_reduce(packed, group=group)
+        self.reset()
+        result: dict[str, float] = {}
+        rows = packed.tolist()
+        for (kind, layer), row in self._row.items():
+            signed, unsigned, weight, share, count = rows[row]
+            js = "js" if kind == "think" else "attn_js"
+            result[f"oisd/{kind}/layer_{layer}"] = signed / count if count else 0.0
+            result[f"oisd/{js}/layer_{layer}"] = unsigned / share if share else 0.0
+            result[f"oisd/{kind}_weight/layer_{layer}"] = weight / count if count else 0.0
+        for kind in self.kinds:
+            by_layer = [result[f"oisd/{kind}/layer_{layer}"] for layer in self.layers]
+            result[f"oisd/{kind}"] = sum(by_layer) / len(by_layer)
+        return result

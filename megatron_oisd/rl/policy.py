@@ -1,0 +1,223 @@
+"""The policy update on Megatron's pipeline schedules: log-probability passes and GRPO + OISD gradient passes.
+
+Shape legend as in :mod:`megatron_oisd.losses`; here tensors are batch first, ``[b, s]``, as Megatron's loss functions
+see them. Position t of every ``[b, s]`` tensor speaks of the prediction made *at* t, that is of token t + 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_oisd.losses.grpo import TokenStatistics, policy_loss, vocab_parallel_log_probs
+from megatron_oisd.losses.numerics import Group, group_size
+from megatron_oisd.pipeline.oisd import OISD
+
+METRICS = ("loss", "clip_fraction", "kl", "entropy", "tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyLossConfig:
+    """GRPO's knobs; the values of the paper's recipe are the defaults."""
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = 10.0
+    temperature: float = 1.0
+    """Sampling temperature; log-probabilities are those of the sampling distribution."""
+
+
+@dataclass
+class PolicyMicrobatch:
+    """One microbatch of rollouts, right-padded, equal on every tensor- and pipeline-parallel rank."""
+
+    tokens: Tensor
+    """``[b, s]`` token ids."""
+    mask: Tensor
+    """``[b, s]`` bool, on CPU: predictions of response tokens."""
+    advantages: Tensor
+    """``[b]``, on CPU."""
+    old_log_probs: Tensor | None
+    """``[b, s]`` under the policy that sampled; None in a log-probability pass."""
+    sequence_ids: list[int]
+    """Number of each sequence in the global batch."""
+
+
+@dataclass(frozen=True)
+class ParallelGroups:
+    """The process groups of one rank; explicit, so that nothing below reads global state."""
+
+    tp: Group = None
+    pp: Group = None
+    dp: Group = None
+
+    @classmethod
+    def from_megatron(cls) -> ParallelGroups:
+        """Take them from Megatron's initialised parallel state."""
+        from megatron.core import parallel_state
+
+        return cls(
+            tp=parallel_state.get_tensor_model_parallel_group(),
+            pp=parallel_state.get_pipeline_model_parallel_group(),
+            dp=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        )
+
+
+class PolicyPass:
+    """Runs microbatches through the pipeline.
+
+    Args:
+        chunks: this rank's model chunks, as the schedule is given them.
+        model_config: Megatron's ``TransformerConfig``.
+        oisd: attached to the same chunks, or None for plain GRPO.
+        loss: GRPO's knobs.
+        groups: process groups.
+        vocab_size: true vocabulary size; rows beyond it are excluded from every softmax.
+    """
+
+    def __init__(
+        self,
+        chunks: list[nn.Module],
+        model_config: Any,
+        oisd: OISD | None,
+        loss: PolicyLossConfig,
+        groups: ParallelGroups,
+        vocab_size: int,
+    ) -> None:
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        self.chunks, self.model_config, self.oisd, self.loss, self.groups = chunks, model_config, oisd, loss, groups
+        self.vocab_size = vocab_size
+        self._schedule = get_forward_backward_func()
+
+    def log_probs(self, microbatches: Sequence[PolicyMicrobatch]) -> list[Tensor]:
+        """Log-probability of token t + 1 at every t under the current weights, without gradients.
+
+        Returns:
+            ``[b, s]`` for each microbatch, fp32, zero outside the mask, equal on every rank of the pipeline.
+        """
+        with torch.no_grad():
+            store = self._run(microbatches, forward_only=True)
+        results = []
+        for index, microbatch in enumerate(microbatches):
+            values = store[index].float() if store else torch.zeros(microbatch.tokens.shape, device=self._device)
+            self._broadcast_from_last(values)
+            results.append(values)
+        return results
+
+    def gradients(
+        self, microbatches: Sequence[PolicyMicrobatch], *, num_sequences: int, num_tokens: int
+    ) -> dict[str, float]:
+        """Accumulate the gradients of GRPO + OISD over the microbatches of one optimizer step.
+
+        Args:
+            microbatches: this data-parallel rank's; the same number on every rank.
+            num_sequences: sequences of the global batch.
+            num_tokens: response tokens of the global batch.
+
+        Returns:
+            GRPO's metrics, means over the response tokens of the global batch, equal on every rank.
+        """
+        context = (
+            nullcontext()
+            if self.oisd is None
+            else self.oisd.step(num_microbatches=len(microbatches), num_sequences=num_sequences, num_tokens=num_tokens)
+        )
+        with context:
+            store = self._run(microbatches, forward_only=False)
+        total = torch.stack(store).sum(0) if store else torch.zeros(len(METRICS), device=self._device)
+        self._broadcast_from_last(total)
+        if group_size(self.groups.dp) > 1:
+            dist.all_reduce(total, group=self.groups.dp)
+        *sums, tokens = total.tolist()
+        return {name: value / max(tokens, 1.0) for name, value in zip(METRICS, sums, strict=False)}
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.chunks[0].parameters()).device
+
+    def _broadcast_from_last(self, tensor: Tensor) -> None:
+        group = self.groups.pp
+        if group is not None and group.size() > 1:
+            dist.broadcast(tensor, src=dist.get_process_group_ranks(group)[-1], group=group)
+
+    def _run(self, microbatches: Sequence[PolicyMicrobatch], *, forward_only: bool) -> list[Any]:
+        rows, length = microbatches[0].tokens.shape
+        iterators: list[Iterator[PolicyMicrobatch]] = [iter(microbatches) for _ in self.chunks]
+        single = len(self.chunks) == 1
+        return self._schedule(
+            forward_step_func=partial(self._forward_step, log_probs_only=forward_only),
+            data_iterator=iterators[0] if single else iterators,
+            model=self.chunks[0] if single else self.chunks,
+            num_microbatches=len(microbatches),
+            seq_length=length,
+            micro_batch_size=rows,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+
+    def _forward_step(
+        self, data_iterator: Iterator[PolicyMicrobatch], model: nn.Module, *, log_probs_only: bool
+    ) -> tuple[Tensor, Any]:
+        batch = next(data_iterator)
+        rows, length = batch.tokens.shape
+        position_ids = torch.arange(length, device=batch.tokens.device).expand(rows, length)
+        context = (
+            nullcontext()
+            if self.oisd is None or log_probs_only
+            else self.oisd.microbatch(
+                model, loss_mask=batch.mask, advantages=batch.advantages, sequence_ids=batch.sequence_ids
+            )
+        )
+        with context:
+            output = model(batch.tokens, position_ids, None)
+        return output, partial(self._collect_log_probs if log_probs_only else self._loss, batch)
+
+    def _token_statistics(self, batch: PolicyMicrobatch, logits: Tensor) -> tuple[TokenStatistics, Tensor]:
+        """Statistics of the response tokens ``[N]`` and the mask on the logits' device."""
+        mask = batch.mask.to(logits.device)
+        targets = torch.roll(batch.tokens, -1, dims=1)
+        width = logits.shape[-1]
+        first = width * (0 if self.groups.tp is None else self.groups.tp.rank())
+        statistics = vocab_parallel_log_probs(
+            logits[mask],
+            targets[mask],
+            group=self.groups.tp,
+            temperature=self.loss.temperature,
+            first_token=first,
+            valid_columns=min(max(self.vocab_size - first, 0), width),
+        )
+        return statistics, mask
+
+    def _collect_log_probs(self, batch: PolicyMicrobatch, logits: Tensor, non_loss_data: bool = True) -> Tensor:
+        statistics, mask = self._token_statistics(batch, logits)
+        return torch.zeros(mask.shape, dtype=torch.float32, device=logits.device).masked_scatter_(
+            mask, statistics.log_probs.float()
+        )
+
+    def _loss(self, batch: PolicyMicrobatch, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Sum over the microbatch's response tokens; Megatron divides by the global count (token mean)."""
+        assert batch.old_log_probs is not None
+        statistics, mask = self._token_statistics(batch, logits)
+        advantages = batch.advantages.to(logits.device).unsqueeze(1).expand(mask.shape)[mask]
+        result = policy_loss(
+            statistics.log_probs,
+            batch.old_log_probs[mask],
+            advantages,
+            clip_low=self.loss.clip_low,
+            clip_high=self.loss.clip_high,
+            dual_clip=self.loss.dual_clip,
+        )
+        loss = result.loss.sum()
+        num_tokens = mask.sum().to(torch.int)
+        with torch.no_grad():
+            sums = [loss, result.clipped.sum(), result.kl.sum(), statistics.entropy.sum(), num_tokens]
+            metrics = torch.stack([value.float() for value in sums])
+        return loss.clone(), num_tokens, metrics

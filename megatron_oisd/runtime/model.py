@@ -1,0 +1,206 @@
+"""Builds Megatron-Core GPT models: one description, any parallel layout, with or without Transformer Engine.
+
+The description (:class:`ModelArguments`) uses Megatron's argument names. :mod:`megatron_oisd.convert.families` makes it
+from an HF ``config.json``.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron_oisd.runtime import cpu
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelArguments:
+    """The shape of a dense decoder, in Megatron's argument names."""
+
+    architecture: str = "Qwen3ForCausalLM"
+    """HF class name, the key of the converter's family table."""
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+    """True vocabulary size, without padding rows."""
+    max_position_embeddings: int
+    rotary_base: float
+    layernorm_epsilon: float
+    qk_layernorm: bool
+    add_qkv_bias: bool = False
+    untie_embeddings_and_output_weights: bool = False
+
+    def padded_vocab_size(self, tensor_parallel: int, divisible_by: int = 128) -> int:
+        """``vocab_size`` rounded up to a multiple of ``divisible_by * tensor_parallel``, as Megatron-LM pads it."""
+        multiple = divisible_by * tensor_parallel
+        return -(-self.vocab_size // multiple) * multiple
+
+
+class SequenceParallelRMSNorm(nn.RMSNorm):
+    """RMSNorm for Megatron's local spec that also serves sequence parallelism.
+
+    Megatron wraps torch's norm but refuses it there; all it needs is the ``sequence_parallel`` mark on the weight, by
+    which Megatron sums the weight's gradient over the tensor-parallel ranks, each of which sees its own tokens.
+    """
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def have_transformer_engine() -> bool:
+    """Whether Transformer Engine can be used here: importable (its CPU build is not) and with a CUDA device."""
+    if cpu.is_needed():
+        return False
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except (ImportError, RuntimeError, OSError):
+        return False
+    return True
+
+
+def transformer_config(
+    arguments: ModelArguments,
+    *,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    virtual_pipeline: int | None = None,
+    sequence_parallel: bool = False,
+    dtype: torch.dtype = torch.float32,
+    **overrides: Any,
+) -> Any:
+    """Make Megatron's ``TransformerConfig``.
+
+    Args:
+        arguments: the model's shape.
+        tensor_parallel: TP size.
+        pipeline_parallel: PP size.
+        virtual_pipeline: chunks per stage, or None.
+        sequence_parallel: shard activations outside the tensor-parallel regions along the sequence.
+        dtype: parameter dtype; also the dtype of pipeline messages.
+        **overrides: any further ``TransformerConfig`` field, e.g. ``recompute_granularity="full"``.
+    """
+    from megatron.core.transformer import TransformerConfig
+
+    on_cpu = cpu.is_needed()
+    fields: dict[str, Any] = {
+        "num_layers": arguments.num_layers,
+        "hidden_size": arguments.hidden_size,
+        "ffn_hidden_size": arguments.ffn_hidden_size,
+        "num_attention_heads": arguments.num_attention_heads,
+        "num_query_groups": arguments.num_query_groups,
+        "kv_channels": arguments.kv_channels,
+        "layernorm_epsilon": arguments.layernorm_epsilon,
+        "qk_layernorm": arguments.qk_layernorm,
+        "add_qkv_bias": arguments.add_qkv_bias,
+        "add_bias_linear": False,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "normalization": "RMSNorm",
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "attention_softmax_in_fp32": True,
+        "tensor_model_parallel_size": tensor_parallel,
+        "pipeline_model_parallel_size": pipeline_parallel,
+        "virtual_pipeline_model_parallel_size": virtual_pipeline,
+        "sequence_parallel": sequence_parallel,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "fp16": dtype is torch.float16,
+        "use_cpu_initialization": on_cpu,
+        "batch_p2p_comm": not on_cpu,
+        "deallocate_pipeline_outputs": True,
+        "calculate_per_token_loss": True,
+        # Fused kernels exist on CUDA only; without Apex the accumulation fusion does not exist at all.
+        "masked_softmax_fusion": False,
+        "bias_activation_fusion": not on_cpu,
+        "bias_dropout_fusion": not on_cpu,
+        "gradient_accumulation_fusion": False,
+        "apply_rope_fusion": False,
+        "persist_layer_norm": False,
+    }
+    if virtual_pipeline:
+        # Non-overlapped interleaving mixes up messages on gloo, with or without this package.
+        fields["overlap_p2p_comm"] = True
+        fields["batch_p2p_comm"] = False
+    fields.update(overrides)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*gradient_accumulation_fusion.*")
+        return TransformerConfig(**fields)
+
+
+def build_model_chunk(
+    arguments: ModelArguments,
+    config: Any,
+    *,
+    pre_process: bool,
+    post_process: bool,
+    vp_stage: int | None = None,
+    pg_collection: Any = None,
+) -> nn.Module:
+    """Build one pipeline stage (or one virtual chunk of it) as a ``GPTModel``."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_layer_local_spec,
+        get_gpt_layer_with_transformer_engine_spec,
+    )
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+    if have_transformer_engine():
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arguments.qk_layernorm)
+    else:
+        spec = copy.deepcopy(get_gpt_layer_local_spec(qk_layernorm=arguments.qk_layernorm, normalization="RMSNorm"))
+        layer, attention = spec.submodules, spec.submodules.self_attention.submodules
+        layer.input_layernorm = layer.pre_mlp_layernorm = SequenceParallelRMSNorm
+        if arguments.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = SequenceParallelRMSNorm
+        num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+        spec = TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=SequenceParallelRMSNorm)
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=arguments.padded_vocab_size(config.tensor_model_parallel_size),
+        max_sequence_length=arguments.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        parallel_output=True,
+        share_embeddings_and_output_weights=not arguments.untie_embeddings_and_output_weights,
+        position_embedding_type="rope",
+        rotary_percent=1.0,
+        rotary_base=arguments.rotary_base,
+        vp_stage=vp_stage,
+        pg_collection=pg_collection,
+    )
+
+
+def build_model(arguments: ModelArguments, config: Any) -> list[nn.Module]:
+    """Build this rank's model chunks from Megatron's initialised parallel state: one, or one per virtual stage."""
+    from megatron.core import parallel_state
+
+    stages: list[int | None] = (
+        [None]
+        if config.virtual_pipeline_model_parallel_size is None
+        else list(range(config.virtual_pipeline_model_parallel_size))
+    )
+    chunks = []
+    for vp_stage in stages:
+        kwargs = {} if vp_stage is None else {"ignore_virtual": False, "vp_stage": vp_stage}
+        chunks.append(
+            build_model_chunk(
+                arguments,
+                config,
+                pre_process=parallel_state.is_pipeline_first_stage(**kwargs),
+                post_process=parallel_state.is_pipeline_last_stage(**kwargs),
+                vp_stage=vp_stage,
+            )
+        )
+    return chunks

@@ -1,0 +1,36 @@
+"""Packaging: the core runs wherever torch and megatron-core do; heavy or optional parts are extras."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+EXTRAS = {
+    # Rewards that parse mathematics, the parquet loader, the trainer's logs and figures.
+    "rl": ["math-verify[antlr4_13_2]>=0.8", "pyarrow>=15", "tensorboard>=2.15", "matplotlib>=3.8", "tqdm>=4.66"],
+    # HF checkpoints in and out, the embedded rollout engine.
+    "hf": ["transformers>=4.56", "tokenizers>=0.20", "jinja2>=3.1"],
+    "test": ["pytest>=8", "hypothesis>=6.100"],
+    "lint": ["ruff>=0.8", "mypy>=1.13", "types-PyYAML", "types-tqdm"],
+}
+EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
+
+setup(
+    name="megatron_oisd",
+    version="0.1.0",
+    description="On-Policy Internal Self-Distillation (OISD) for RL post-training on Megatron-Core",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_oisd", "megatron_oisd.*"]),
+    package_data={"megatron_oisd": ["py.typed"]},
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core>=0.16.1",
+        "safetensors>=0.4.3",
+        "psutil>=5.9",  # megatron.core.dist_checkpointing imports it without requiring it
+        "numpy>=1.26",
+        "PyYAML>=6",
+    ],
+    extras_require=EXTRAS,
+)
