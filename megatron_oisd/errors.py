@@ -7,8 +7,13 @@ line and leave with exit code 2; under torchrun the other ranks are then stopped
 from __future__ import annotations
 
 import functools
+import os
 import sys
+import time
 from collections.abc import Callable
+
+
+_LET_RANK_0_SPEAK_S = 3.0
 
 
 class OISDError(ValueError):
@@ -23,6 +28,10 @@ def command_line(main: Callable[[list[str] | None], int | None]) -> Callable[[li
         try:
             return main(argv) or 0
         except OISDError as error:
+            if os.environ.get("RANK", "0") != "0":
+                # Mostly every rank fails for the same reason. Rank 0 says it and the launcher stops the others, who
+                # would only repeat it; where rank 0 is fine, this one speaks after all.
+                time.sleep(_LET_RANK_0_SPEAK_S)
             print(f"error: {error}", file=sys.stderr, flush=True)
             return 2
 

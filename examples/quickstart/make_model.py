@@ -268,11 +268,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--system-prompt", action="store_true", help="put the paper's system prompt before each problem"
     )
-    parser.add_argument("--short-share", type=float, default=0.2, help="solutions without steps (default: %(default)s)")
+    parser.add_argument("--short-share", type=float, default=0.3, help="solutions without steps (default: %(default)s)")
     parser.add_argument("--target", type=float, default=0.4, help="sampled held-out accuracy to stop at")
-    parser.add_argument("--max-steps", type=int, default=450, help="also the length of the cosine schedule")
+    parser.add_argument("--max-steps", type=int, default=500, help="also the length of the cosine schedule")
     parser.add_argument("--eval-every", type=int, default=25)
-    parser.add_argument("--eval-from", type=int, default=250, help="first step worth evaluating (default: %(default)s)")
+    parser.add_argument("--eval-from", type=int, default=300, help="first step worth evaluating (default: %(default)s)")
     parser.add_argument("--eval-problems", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=48)
     parser.add_argument("--lr", type=float, default=8e-3)

@@ -19,45 +19,24 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from megatron_oisd.convert.families import arguments_from_hf_config
+from megatron_oisd.convert.hf_files import common_dtype, copy_hf_files, read_hf_config
+from megatron_oisd.convert.output import INCOMPLETE, LATEST, brief, replace_directory, sync_directory, write_text
 from megatron_oisd.convert.weights import unwrap
 from megatron_oisd.errors import OISDError
 from megatron_oisd.runtime.model import ModelArguments
 
-LATEST = "latest_checkpointed_iteration.txt"
 HF_DIRECTORY = "hf"
-HF_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-"""Files of an HF checkpoint that are kept next to the weights."""
-
-_INCOMPLETE = ".incomplete"
-_SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Megatron checkpoints
 
 
 def save_model(
@@ -93,7 +72,7 @@ def save_model(
 
     directory = Path(directory)
     target = directory / iteration_name(iteration)
-    work = directory / f".{target.name}{_INCOMPLETE}"
+    work = directory / f".{target.name}{INCOMPLETE}"
     state = model_state(chunks)
     clash = sorted({*state, "args", "iteration", "checkpoint_version"} & set(extra_state or {}))
     assert not clash, f"extra_state may not contain {clash}"
@@ -108,9 +87,9 @@ def save_model(
             copy_hf_files(hf_source, directory / HF_DIRECTORY)
 
     def publish() -> None:
-        _sync_directory(work)
+        sync_directory(work)
         replace_directory(work, target)
-        _write_text(directory / LATEST, f"{iteration}\n")
+        write_text(directory / LATEST, f"{iteration}\n")
 
     try:
         _on_rank_0(prepare, f"cannot write checkpoint {directory}")
@@ -246,11 +225,6 @@ def stored_dtype(directory: str | Path, iteration: int | None = None) -> torch.d
     )
 
 
-def common_dtype(dtypes: set[torch.dtype]) -> torch.dtype:
-    """Return the one dtype in the set, or float32, which loses none of them."""
-    return next(iter(dtypes)) if len(dtypes) == 1 else torch.float32
-
-
 def _save_strategy() -> Any:
     """Torch's own synchronous writer behind Megatron's sharding: no forks, one file for each rank that has data."""
     from megatron.core.dist_checkpointing.strategies import torch as megatron_torch
@@ -306,7 +280,7 @@ def _whole_iteration(directory: Path, iteration: int | None) -> Path:
             ends[piece.relative_path] = max(ends.get(piece.relative_path, 0), piece.offset + piece.length)
     except Exception as error:
         raise OISDError(
-            f"checkpoint {path} is damaged: its metadata cannot be read ({_brief(error)}); {cure}"
+            f"checkpoint {path} is damaged: its metadata cannot be read ({brief(error)}); {cure}"
         ) from error
     for name, end in sorted(ends.items()):
         file_path = path / name
@@ -317,168 +291,6 @@ def _whole_iteration(directory: Path, iteration: int | None) -> Path:
                 f"checkpoint {path} is damaged: {name} has {file_path.stat().st_size} bytes, expected {end}; {cure}"
             )
     return path
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# HF checkpoints
-
-
-def read_hf_config(directory: str | Path) -> dict[str, Any]:
-    """Parse ``config.json`` of an HF checkpoint directory; :class:`OISDError` where it is missing or no JSON object."""
-    path = Path(directory) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise OISDError(
-            f"{path} cannot be read: expected a directory in HF format (config.json, *.safetensors)"
-        ) from None
-    except ValueError as error:
-        raise OISDError(f"{path} is not valid JSON ({_brief(error)}): download the model again") from None
-    if not isinstance(config, dict):
-        raise OISDError(f"{path} holds no JSON object: download the model again")
-    return config
-
-
-def copy_hf_files(source: str | Path, target: str | Path) -> None:
-    """Copy config, tokenizer and generation settings, replacing the directory ``target`` in one step."""
-    source, target = Path(source), Path(target)
-    if source.resolve() == target.resolve():
-        return
-    work = target.with_name(f".{target.name}{_INCOMPLETE}")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    for name in HF_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, work / name)
-    replace_directory(work, target)
-
-
-class SafetensorsDirectory(Mapping[str, Tensor]):
-    """The tensors of an HF checkpoint directory by name, read from disk when they are asked for.
-
-    Args:
-        directory: holds ``model.safetensors``, or shards with ``model.safetensors.index.json``.
-
-    Raises:
-        OISDError: no safetensors, a shard is missing or truncated, or index and shards disagree.
-    """
-
-    def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
-        self._file_of: dict[str, str] = {}
-        self._files: dict[str, Any] = {}
-        index = self.directory / "model.safetensors.index.json"
-        if index.is_file():
-            try:
-                mapping = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                self._file_of = {str(name): str(file) for name, file in mapping.items()}
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise OISDError(f"{index} is not a valid safetensors index: download the model again") from None
-            for name, file in self._file_of.items():
-                if name not in self._names_in(file):
-                    raise OISDError(
-                        f"{self.directory / file} lacks {name}, which {index.name} places there: "
-                        f"download the model again"
-                    )
-        elif (self.directory / "model.safetensors").is_file():
-            self._file_of = dict.fromkeys(self._names_in("model.safetensors"), "model.safetensors")
-        else:
-            others = any(self.directory.glob("*.bin")) or any(self.directory.glob("*.pt*"))
-            reason = "only pickled weights, which are not read" if others else "no weights"
-            raise OISDError(f"{self.directory} has {reason}: expected model.safetensors or its shards with their index")
-
-    def __getitem__(self, name: str) -> Tensor:
-        file = self._file_of[name]
-        try:
-            tensor: Tensor = self._open(file).get_tensor(name)
-        except Exception as error:
-            raise OISDError(
-                f"{self.directory / file} cannot be read at {name} ({_brief(error)}): download the model again"
-            ) from error
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
-
-    def __len__(self) -> int:
-        return len(self._file_of)
-
-    def dtype(self) -> torch.dtype:
-        """Return the common dtype of all tensors, float32 where they differ; reads headers only."""
-        found = set()
-        for name, file in self._file_of.items():
-            stored = self._open(file).get_slice(name).get_dtype()
-            if stored not in _SAFETENSORS_DTYPES:
-                raise OISDError(
-                    f"{self.directory / file}: {name} is stored as {stored}, expected one of "
-                    f"{', '.join(_SAFETENSORS_DTYPES)}: quantised weights cannot be trained"
-                )
-            found.add(_SAFETENSORS_DTYPES[stored])
-        return common_dtype(found)
-
-    def _names_in(self, file: str) -> set[str]:
-        return set(self._open(file).keys())
-
-    def _open(self, file: str) -> Any:
-        from safetensors import safe_open
-
-        if file not in self._files:
-            path = self.directory / file
-            if not path.is_file():
-                raise OISDError(f"{path} is missing: the checkpoint is incomplete, download the model again")
-            try:
-                self._files[file] = safe_open(path, framework="pt", device="cpu")
-            except Exception as error:
-                raise OISDError(f"{path} is damaged ({_brief(error)}): download the model again") from error
-        return self._files[file]
-
-
-def tokenizer_size(directory: str | Path) -> int | None:
-    """Return the number of tokens of a checkpoint's tokenizer, None where there are no tokenizer files."""
-    directory = Path(directory)
-    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        return len(AutoTokenizer.from_pretrained(directory, trust_remote_code=False))
-    except Exception as error:
-        raise OISDError(
-            f"the tokenizer in {directory} cannot be loaded ({_brief(error)}): download it again"
-        ) from error
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Directories and ranks
-
-
-def replace_directory(work: Path, target: Path) -> None:
-    """Rename ``work`` to ``target``, moving an existing ``target`` out of the way first and deleting it last."""
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.rename(target, old)
-    os.rename(work, target)
-    _sync_directory(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _write_text(path: Path, text: str) -> None:
-    work = path.with_name(f".{path.name}{_INCOMPLETE}")
-    with open(work, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(work, path)
-
-
-def _sync_directory(path: Path) -> None:
-    """Make the directory's entries durable, so that a rename cannot reach the disk before what it names."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _on_rank_0(function: Callable[[], None], what: str) -> None:
@@ -504,20 +316,10 @@ def _collectively(function: Callable[[], Any], what: str, cure: str) -> Any:
     except OISDError as error:
         line, cause = str(error), error
     except (Exception, CheckpointException) as error:  # the latter is torch's, and no Exception
-        line, cause = f"{what} ({_brief(error)}): {cure}", error
+        line, cause = f"{what} ({brief(error)}): {cure}", error
     lines: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(lines, line)
     first = next((found for found in lines if found), None)
     if first is not None:
         raise OISDError(first) from cause
     return result
-
-
-def _brief(error: BaseException) -> str:
-    """First line of an error's message, with its type where the message alone says little."""
-    # Torch wraps what the ranks raised; the wrapper's own text is a multi-line dump.
-    failures = getattr(error, "failures", None)
-    if failures:
-        error = next(iter(failures.values()))[0]
-    text = (str(error).strip() or "no message").splitlines()[0]
-    return f"{type(error).__name__}: {text[:200]}"

@@ -7,13 +7,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_oisd.convert.checkpoint import (
-    SafetensorsDirectory,
-    read_hf_config,
-    save_model,
-    tokenizer_size,
-)
+from megatron_oisd.convert.checkpoint import save_model
 from megatron_oisd.convert.families import arguments_from_hf_config
+from megatron_oisd.convert.hf_files import SafetensorsDirectory, read_hf_config, tokenizer_size
 from megatron_oisd.convert.output import new_directory
 from megatron_oisd.convert.verify import LogitComparison, compare_logits, sample_token_ids, single_process
 from megatron_oisd.convert.weights import check_tensor_names, load_hf_weights

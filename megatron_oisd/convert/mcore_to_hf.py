@@ -9,15 +9,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_oisd.convert.checkpoint import (
-    HF_DIRECTORY,
-    copy_hf_files,
-    load_model,
-    read_arguments,
-    read_hf_config,
-    stored_dtype,
-)
+from megatron_oisd.convert.checkpoint import HF_DIRECTORY, load_model, read_arguments, stored_dtype
 from megatron_oisd.convert.families import hf_shapes
+from megatron_oisd.convert.hf_files import copy_hf_files, read_hf_config
 from megatron_oisd.convert.output import new_directory
 from megatron_oisd.convert.verify import LogitComparison, compare_logits, sample_token_ids, single_process
 from megatron_oisd.convert.weights import export_hf_weights

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_oisd.convert.checkpoint import LATEST, replace_directory
 from megatron_oisd.errors import OISDError
+
+INCOMPLETE = ".incomplete"
+"""Ending of the hidden directories and files that are being written."""
+LATEST = "latest_checkpointed_iteration.txt"
+"""Megatron-LM's name of the file that names the newest iteration."""
 
 
 @contextmanager
@@ -37,7 +42,7 @@ def new_directory(target: str | Path, *, inputs: Sequence[str | Path] = (), forc
             if not (force and checkpoint):
                 cure = "give --force to replace it" if checkpoint else "it is no checkpoint, choose another directory"
                 raise OISDError(f"output {target} exists and is not empty: {cure}")
-    work = target.with_name(f".{target.name}.incomplete")
+    work = target.with_name(f".{target.name}{INCOMPLETE}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(work, ignore_errors=True)
@@ -49,3 +54,43 @@ def new_directory(target: str | Path, *, inputs: Sequence[str | Path] = (), forc
         replace_directory(work, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def replace_directory(work: Path, target: Path) -> None:
+    """Rename ``work`` to ``target``, moving an existing ``target`` out of the way first and deleting it last."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.rename(target, old)
+    os.rename(work, target)
+    sync_directory(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file that is either old or new, never partial, also after a crash."""
+    work = path.with_name(f".{path.name}{INCOMPLETE}")
+    with open(work, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(work, path)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the directory's entries durable, so that a rename cannot reach the disk before what it names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def brief(error: BaseException) -> str:
+    """First line of an error's message, with its type where the message alone says little."""
+    # Torch wraps what the ranks raised; the wrapper's own text is a multi-line dump.
+    failures = getattr(error, "failures", None)
+    if failures:
+        error = next(iter(failures.values()))[0]
+    text = (str(error).strip() or "no message").splitlines()[0]
+    return f"{type(error).__name__}: {text[:200]}"

@@ -196,7 +196,7 @@ def prepare_model(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Mo
     model.config._attn_implementation = "oisd_reference"  # type: ignore[union-attr]
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
-            module.forward = _rms_norm.__get__(module)  # type: ignore[method-assign]
+            module.forward = _rms_norm.__get__(module)
     for layer in model.model.layers:  # type: ignore[union-attr]
         layer.register_forward_hook(_keep_output)
     return model

@@ -510,13 +510,13 @@ class OISD:
         assert teacher is not None
         assert entry.sample is not None
         with torch.enable_grad():
-            leaves = [query.detach().requires_grad_(), key.detach().requires_grad_()]
-            scores = sampled_scores(*leaves, entry.sample, scale=_softmax_scale(module, query))
+            query_leaf, key_leaf = query.detach().requires_grad_(), key.detach().requires_grad_()
+            scores = sampled_scores(query_leaf, key_leaf, entry.sample, scale=_softmax_scale(module, query))
             divergence = attention_js(scores, teacher)
             values = divergence.sum(1) / self._model_config.num_attention_heads
             scale = config.lambda_attn / len(config.layers) * self._loss_scale()
             loss = (upcast(values) * entry.attn_coefficients).sum() * scale
-        gradients = torch.autograd.grad(loss, leaves)
+        gradients = torch.autograd.grad(loss, [query_leaf, key_leaf])
         denominator = entry.num_sequences if config.aggregation == "sequence" else entry.num_tokens
         # Metrics divide by TP what every rank counts alike; here each rank holds the share of its own heads.
         whole = values.detach() * group_size(self.tp_group)

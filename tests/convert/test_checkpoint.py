@@ -9,20 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_oisd.convert import checkpoint
-from megatron_oisd.convert.checkpoint import (
-    LATEST,
-    SafetensorsDirectory,
-    latest_iteration,
-    load_model,
-    read_arguments,
-    read_hf_config,
-    save_model,
-    stored_dtype,
-    tokenizer_size,
-)
+from megatron_oisd.convert.checkpoint import latest_iteration, load_model, read_arguments, save_model, stored_dtype
 from megatron_oisd.convert.families import arguments_from_hf_config
+from megatron_oisd.convert.hf_files import SafetensorsDirectory, read_hf_config, tokenizer_size
 from megatron_oisd.convert.hf_to_mcore import convert_hf_to_mcore
+from megatron_oisd.convert.output import LATEST, replace_directory
 from megatron_oisd.convert.weights import load_hf_weights
 from megatron_oisd.errors import OISDError
 from tests.helpers.checkpoints import build_chunks, differences, export, make_hf_checkpoint, make_tokenizer
@@ -307,6 +298,6 @@ def test_replaced_directory_is_never_half_of_each(tmp_path: Path) -> None:
     for name in ("work", "target"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
-    checkpoint.replace_directory(tmp_path / "work", tmp_path / "target")
+    replace_directory(tmp_path / "work", tmp_path / "target")
     assert [p.name for p in tmp_path.iterdir()] == ["target"]
     assert [p.name for p in (tmp_path / "target").iterdir()] == ["work"]

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_oisd.convert import hf_to_mcore
-from megatron_oisd.convert.checkpoint import SafetensorsDirectory, read_arguments
+from megatron_oisd.convert.checkpoint import read_arguments
+from megatron_oisd.convert.hf_files import SafetensorsDirectory
 from megatron_oisd.convert.hf_to_mcore import convert_hf_to_mcore
 from megatron_oisd.convert.mcore_to_hf import convert_mcore_to_hf
 from megatron_oisd.convert.verify import compare_logits, sample_token_ids

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_oisd.convert.checkpoint import SafetensorsDirectory, read_hf_config
 from megatron_oisd.convert.families import arguments_from_hf_config, rules_for
+from megatron_oisd.convert.hf_files import SafetensorsDirectory, read_hf_config
 from megatron_oisd.convert.weights import check_tensor_names, load_hf_weights
 from megatron_oisd.errors import OISDError
 from tests.helpers.checkpoints import build_chunks, differences, export, make_hf_checkpoint

@@ -1,0 +1,143 @@
+"""The configuration of a training run, and the command line made from it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from megatron_oisd import config as oisd_config
+from megatron_oisd.config import OISDConfig
+from megatron_oisd.errors import OISDError
+from megatron_oisd.rl.policy import PolicyLossConfig
+
+
+def _field(default: Any, help_text: str) -> Any:
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One GRPO (+ OISD) run. The defaults of the algorithm are the paper's recipe; see ``docs/paper_map.md``.
+
+    Raises:
+        OISDError: a value is out of range or two do not go together.
+    """
+
+    load: str = _field("", "Megatron checkpoint directory to start from (tools/convert_hf_to_mcore.py makes one)")
+    data: str = _field("", "training prompts, .parquet or .jsonl")
+    output: str = _field("", "directory of the run: checkpoints, metrics, TensorBoard events")
+    resume: bool = _field(False, "go on from the newest checkpoint in the output directory")
+
+    tp: int = _field(1, "tensor-model-parallel size")
+    pp: int = _field(1, "pipeline-model-parallel size")
+    sequence_parallel: bool = _field(False, "shard activations along the sequence between tensor-parallel regions")
+    use_distributed_optimizer: bool = _field(False, "shard optimizer state over data-parallel ranks")
+    bf16: bool = _field(False, "bf16 weights with fp32 gradients and optimizer; default: fp32")
+    recompute: str = _field("none", "activation recomputation: none, selective or full")
+
+    num_steps: int = _field(300, "rollout steps")
+    prompts_per_step: int = _field(128, "prompts per rollout step")
+    samples_per_prompt: int = _field(8, "rollouts per prompt (the GRPO group)")
+    mini_batch_prompts: int = _field(32, "prompts per optimizer step")
+    micro_batch_size: int = _field(1, "sequences per pipeline microbatch")
+    max_prompt_tokens: int = _field(1024, "longer prompts are dropped")
+    max_response_tokens: int = _field(8192, "responses are cut there")
+    temperature: float = _field(1.0, "sampling temperature")
+    top_p: float = _field(1.0, "nucleus sampling mass")
+    reward: str = _field("exact_match", "reward rule: exact_match or math_verify")
+    system_prompt: str | None = _field(None, "system message for prompts that have none")
+    limit_prompts: int | None = _field(None, "use only the first N prompts of the data")
+
+    lr: float = _field(1e-6, "learning rate, constant after the warm-up")
+    lr_warmup_steps: int = _field(0, "optimizer steps of linear warm-up")
+    weight_decay: float = _field(0.01, "AdamW weight decay")
+    adam_beta1: float = _field(0.9, "AdamW beta 1")
+    adam_beta2: float = _field(0.999, "AdamW beta 2")
+    clip_grad: float = _field(1.0, "gradient norm clip")
+
+    clip_low: float = _field(0.2, "GRPO ratio clip below 1")
+    clip_high: float = _field(0.2, "GRPO ratio clip above 1")
+    dual_clip: float = _field(10.0, "bound of the loss for negative advantages")
+
+    save_interval: int = _field(50, "rollout steps between checkpoints; the last step is always saved")
+    keep_checkpoints: int = _field(2, "newest checkpoints kept")
+    seed: int = _field(1234, "seed of sampling, data order and initialisation")
+
+    def __post_init__(self) -> None:
+        for name, what in (
+            ("load", "a Megatron checkpoint directory"),
+            ("data", "a prompt file"),
+            ("output", "a run directory"),
+        ):
+            if not getattr(self, name):
+                raise OISDError(f"--{name} is missing: expected {what}")
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            least = 0 if item.name in ("lr_warmup_steps", "seed") else 1
+            if type(value) is int and value < least:
+                raise OISDError(f"{_flag(item.name)} is {value}: expected an integer of at least {least}")
+        for name in ("temperature", "lr", "clip_grad"):
+            if not getattr(self, name) > 0:
+                raise OISDError(f"{_flag(name)} is {getattr(self, name)}: expected a number above 0")
+        if not 0 < self.top_p <= 1:
+            raise OISDError(f"--top-p is {self.top_p}: expected a number above 0 and at most 1")
+        if self.recompute not in ("none", "selective", "full"):
+            raise OISDError(f"--recompute is {self.recompute!r}: expected none, selective or full")
+        if self.prompts_per_step % self.mini_batch_prompts:
+            raise OISDError(
+                f"--prompts-per-step is {self.prompts_per_step} and --mini-batch-prompts {self.mini_batch_prompts} "
+                "does not divide it: choose a divisor, so that every optimizer step sees as many prompts"
+            )
+        if self.sequence_parallel and self.tp == 1:
+            raise OISDError("--sequence-parallel needs --tp of at least 2: it shards between tensor-parallel ranks")
+
+    def check_data_parallel(self, data_parallel: int) -> None:
+        """Raise :class:`OISDError` unless a mini-batch splits evenly over the data-parallel ranks' microbatches."""
+        sequences = self.mini_batch_prompts * self.samples_per_prompt
+        if sequences % (data_parallel * self.micro_batch_size):
+            raise OISDError(
+                f"a mini-batch of {sequences} sequences (--mini-batch-prompts x --samples-per-prompt) does not split "
+                f"into microbatches of {self.micro_batch_size} on {data_parallel} data-parallel ranks: change "
+                "--micro-batch-size or the mini-batch"
+            )
+
+    @property
+    def policy_loss(self) -> PolicyLossConfig:
+        """GRPO's part of the configuration."""
+        return PolicyLossConfig(
+            clip_low=self.clip_low, clip_high=self.clip_high, dual_clip=self.dual_clip, temperature=self.temperature
+        )
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a bad command line as one line with its cure, like every other user error."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage over many lines."""
+        raise OISDError(f"{message}; run with --help for the list of flags")
+
+
+def parse_arguments(argv: list[str] | None = None) -> tuple[TrainConfig, OISDConfig]:
+    """Parse a training command line."""
+    parser = Parser(description="GRPO + OISD on Megatron-Core.", allow_abbrev=False)
+    for item in dataclasses.fields(TrainConfig):
+        kind = {"str | None": str, "int | None": int}.get(str(item.type))
+        if isinstance(item.default, bool):
+            parser.add_argument(
+                _flag(item.name), action=argparse.BooleanOptionalAction, default=item.default,
+                help=item.metadata["help"],
+            )  # fmt: skip
+        else:
+            parser.add_argument(
+                _flag(item.name), type=kind or type(item.default), default=item.default, help=item.metadata["help"]
+            )
+    oisd_config.add_arguments(parser)
+    arguments = parser.parse_args(argv)
+    values = {item.name: getattr(arguments, item.name) for item in dataclasses.fields(TrainConfig)}
+    return TrainConfig(**values), oisd_config.config_from_arguments(arguments)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,138 @@
+"""Builds what a run trains: model chunks with weights, DDP, optimizer, rollout engine."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron_oisd.convert.checkpoint import HF_DIRECTORY, load_model, model_state, read_arguments
+from megatron_oisd.convert.hf_files import tokenizer_size
+from megatron_oisd.errors import OISDError
+from megatron_oisd.rl.config import TrainConfig
+from megatron_oisd.rl.rollout.base import RolloutEngine
+from megatron_oisd.runtime.model import ModelArguments, build_model, transformer_config
+
+
+@dataclass
+class Training:
+    """A Megatron model with what trains it."""
+
+    chunks: list[nn.Module]
+    """DDP-wrapped model chunks, as the schedules and the optimizer are given them."""
+    model_config: Any
+    arguments: ModelArguments
+    optimizer: Any
+    scheduler: Any
+
+    def optimizer_state(self, *, loading: bool) -> dict[str, Any]:
+        """Sharded state of optimizer and scheduler, to save or as the template to load into."""
+        state = model_state(self.chunks)
+        model = state.get("model", state)
+        metadata = {"distrib_optim_sharding_type": "dp_reshardable"}
+        return {
+            "optimizer": self.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata),
+            "opt_param_scheduler": self.scheduler.state_dict(),
+        }
+
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        """Take over what a checkpoint held."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["opt_param_scheduler"])
+
+
+def build_training(config: TrainConfig) -> Training:
+    """Build model, DDP, optimizer and scheduler on this rank's part of the layout, with ``config.load``'s weights."""
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    from megatron.core.transformer.module import Float16Module
+
+    arguments = read_arguments(config.load)
+    vocabulary = tokenizer_size(Path(config.load) / HF_DIRECTORY)
+    if vocabulary is not None and vocabulary > arguments.vocab_size:
+        raise OISDError(
+            f"the tokenizer in {config.load}/{HF_DIRECTORY} has {vocabulary} tokens and the model "
+            f"{arguments.vocab_size}: copy the tokenizer that the model was trained with there"
+        )
+    recompute: dict[str, Any] = {}
+    if config.recompute != "none":
+        recompute["recompute_granularity"] = config.recompute
+    if config.recompute == "full":
+        recompute |= {"recompute_method": "uniform", "recompute_num_layers": 1}
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    model_config = transformer_config(
+        arguments, tensor_parallel=config.tp, pipeline_parallel=config.pp,
+        sequence_parallel=config.sequence_parallel, dtype=dtype, finalize_model_grads_func=finalize_model_grads,
+        **recompute,
+    )  # fmt: skip
+    bare = build_model(arguments, model_config)
+    load_model(bare, config.load)
+    if config.bf16:
+        bare = [Float16Module(model_config, chunk) for chunk in bare]
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=config.use_distributed_optimizer,
+    )
+    chunks: list[nn.Module] = [
+        DistributedDataParallel(config=model_config, ddp_config=ddp_config, module=chunk) for chunk in bare
+    ]
+    optimizer_config = OptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        clip_grad=config.clip_grad,
+        bf16=config.bf16,
+        params_dtype=dtype,
+        use_distributed_optimizer=config.use_distributed_optimizer,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Megatron names every fused optimizer that is not installed
+        optimizer = get_megatron_optimizer(optimizer_config, chunks)
+    scheduler = OptimizerParamScheduler(
+        optimizer, init_lr=0.0, max_lr=config.lr, min_lr=config.lr, lr_warmup_steps=config.lr_warmup_steps,
+        lr_decay_steps=max(config.lr_warmup_steps, 1) + 1, lr_decay_style="constant", start_wd=config.weight_decay,
+        end_wd=config.weight_decay, wd_incr_steps=0, wd_incr_style="constant",
+    )  # fmt: skip
+    return Training(chunks, model_config, arguments, optimizer, scheduler)
+
+
+def load_tokenizer(directory: str | Path) -> Any:
+    """The tokenizer kept in a Megatron checkpoint directory."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(Path(directory) / HF_DIRECTORY, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds
+        raise OISDError(
+            f"the tokenizer in {directory}/{HF_DIRECTORY} cannot be loaded ({type(error).__name__}): copy the HF "
+            "model's tokenizer files there"
+        ) from error
+
+
+def build_engine(config: TrainConfig, tokenizer: Any) -> RolloutEngine:
+    """The embedded rollout engine: a transformers model of the same shape, whose weights the trainer streams in."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from megatron_oisd.rl.rollout.transformers_engine import TransformersEngine
+
+    hf_config = AutoConfig.from_pretrained(Path(config.load) / HF_DIRECTORY, trust_remote_code=False)
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, trust_remote_code=False)
+    if torch.cuda.is_available():
+        model = model.to(torch.cuda.current_device())
+    if tokenizer.eos_token_id is None:
+        raise OISDError(f"the tokenizer in {config.load}/{HF_DIRECTORY} has no eos_token: responses could not end")
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return TransformersEngine(model, eos_token_id=tokenizer.eos_token_id, pad_token_id=pad)

@@ -1,0 +1,26 @@
+"""Train with GRPO + OISD on Megatron-Core: torchrun --nproc-per-node N tools/train_rl.py --load ... --data ..."""
+
+from __future__ import annotations
+
+import sys
+
+from megatron_oisd.errors import command_line
+
+
+@command_line
+def main(argv: list[str] | None = None) -> None:
+    """Parse, build, train."""
+    from megatron_oisd.rl.config import parse_arguments
+
+    config, oisd_config = parse_arguments(argv)  # before the heavy imports: a wrong flag is reported at once
+
+    from megatron_oisd.rl.trainer import Trainer
+    from megatron_oisd.runtime import distributed
+
+    trainer = Trainer(config, oisd_config)
+    trainer.run()
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
