@@ -20,7 +20,6 @@ setup(
     description="On-Policy Internal Self-Distillation (OISD) for RL post-training on Megatron-Core",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_oisd", "megatron_oisd.*"]),
     package_data={"megatron_oisd": ["py.typed"]},

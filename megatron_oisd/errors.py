@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable
 
-
 _LET_RANK_0_SPEAK_S = 3.0
 
 

@@ -33,16 +33,31 @@ TOOLS = ROOT / "tools"
 RECIPE = {
     "--pp": "2",
     "--oisd-layers": "2",
-    "--num-steps": "50",
+    "--num-steps": "100",
     "--prompts-per-step": "32",
     "--mini-batch-prompts": "16",
     "--samples-per-prompt": "8",
     "--micro-batch-size": "32",
     "--max-prompt-tokens": "128",
-    "--max-response-tokens": "64",
-    "--lr": "5e-4",
+    "--max-response-tokens": "40",
+    "--lr": "3e-4",
+    "--adam-beta2": "0.95",
     "--save-interval": "25",
 }
+
+SMOKE = {"--num-steps": "2", "--prompts-per-step": "4", "--mini-batch-prompts": "2", "--micro-batch-size": "8"}
+SMOKE_MODEL = [
+    "--max-steps",
+    "4",
+    "--eval-from",
+    "4",
+    "--eval-every",
+    "4",
+    "--eval-problems",
+    "8",
+    "--lr-warmup-steps",
+    "1",
+]
 
 
 def free_directory(path: Path) -> None:
@@ -78,6 +93,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=1, help="seed of warm-up, problems and training")
     parser.add_argument("--tied", action="store_true", help="tie the model's embeddings")
     parser.add_argument("--eval-samples", type=int, default=8, help="samples per held-out problem (K)")
+    parser.add_argument(
+        "--smoke", action="store_true", help="run every stage in small: shows that it works, not that it learns"
+    )
     arguments, further = parser.parse_known_args(argv)
 
     start = time.monotonic()
@@ -86,14 +104,15 @@ def main(argv: list[str] | None = None) -> None:
     out.mkdir(parents=True)
     python, seed = sys.executable, str(arguments.seed)
     threads = max(1, min(2, os.cpu_count() or 1))
-    recipe = [part for pair in RECIPE.items() for part in pair]
+    recipe = [part for pair in (RECIPE | (SMOKE if arguments.smoke else {})).items() for part in pair]
+    samples, limit = ("2", "8") if arguments.smoke else (str(arguments.eval_samples), "128")
 
     def evaluate(model: Path, label: str) -> None:
         stage(
             f"evaluate {label}",
             [
                 python, str(TOOLS / "evaluate.py"), "--model", str(model), "--data", str(out / "data/heldout.jsonl"),
-                "--samples", str(arguments.eval_samples), "--limit", "128", "--max-new-tokens", "64", "--seed", seed,
+                "--samples", samples, "--limit", limit, "--max-new-tokens", "40", "--seed", seed,
                 "--output", str(out / "evaluation"), "--label", label,
             ],
             threads,
@@ -102,8 +121,18 @@ def main(argv: list[str] | None = None) -> None:
     stage("problems", [python, str(EXAMPLE / "arithmetic.py"), "--out", str(out / "data"), "--seed", seed], threads)
     stage(
         "make a small model",
-        [python, str(EXAMPLE / "make_model.py"), "--out", str(out / "model"), "--seed", seed]
-        + (["--tied"] if arguments.tied else []),
+        [
+            python,
+            str(EXAMPLE / "make_model.py"),
+            "--out",
+            str(out / "model"),
+            "--seed",
+            seed,
+            "--threads",
+            str(threads),
+            *(["--tied"] if arguments.tied else []),
+            *(SMOKE_MODEL if arguments.smoke else []),
+        ],
         threads,
     )
     stage(
@@ -115,10 +144,9 @@ def main(argv: list[str] | None = None) -> None:
     stage(
         "train with GRPO + OISD",
         [
-            python, "-m", "torch.distributed.run", f"--nproc-per-node={arguments.ranks}", "--master-addr=127.0.0.1",
-            "--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", str(TOOLS / "train_rl.py"),
-            "--load", str(out / "mcore"), "--data", str(out / "data/train.jsonl"), "--output", str(out / "train"),
-            "--seed", seed, *recipe, *further,
+            python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={arguments.ranks}",
+            str(TOOLS / "train_rl.py"), "--load", str(out / "mcore"), "--data", str(out / "data/train.jsonl"),
+            "--output", str(out / "train"), "--seed", seed, *recipe, *further,
         ],
         1,
     )  # fmt: skip

@@ -76,14 +76,15 @@ def _rows(
     """Values ``[N]`` and, if asked for, the gradient of each row's value ``[N, v]`` (zero in padded columns)."""
     width = student.shape[-1]
     columns = width if valid_columns is None else valid_columns
-    logits = torch.stack([upcast(student[:, :columns]), upcast(teacher[:, :columns])]) / temperature
-    log_p, log_q = logits - log_sum_exp(logits, group).unsqueeze(-1)
-    log_m = torch.logaddexp(log_p, log_q) - math.log(2.0)
+    logits = torch.stack([upcast(student[:, :columns]), upcast(teacher[:, :columns])]).div_(temperature)
+    log_p, log_q = logits.sub_(log_sum_exp(logits, group).unsqueeze(-1))
+    log_m = torch.logaddexp(log_p, log_q).sub_(math.log(2.0))
     # A column without mass adds nothing; -inf minus -inf must not become NaN.
-    p_excess = torch.where(torch.isneginf(log_p), 0.0, log_p - log_m)
-    q_excess = torch.where(torch.isneginf(log_q), 0.0, log_q - log_m)
-    p = log_p.exp()
-    kl = all_reduce_sum_(torch.stack([(p * p_excess).sum(-1), (log_q.exp() * q_excess).sum(-1)]), group)
+    no_q, q = torch.isneginf(log_q), log_q.exp()
+    kl_q = torch.linalg.vecdot(q, log_q.sub_(log_m).masked_fill_(no_q, 0.0))
+    no_p, p = torch.isneginf(log_p), torch.exp(log_p, out=q)
+    p_excess = log_p.sub_(log_m).masked_fill_(no_p, 0.0)
+    kl = all_reduce_sum_(torch.stack([torch.linalg.vecdot(p, p_excess), kl_q]), group)
     # Rounding can leave a sum just below zero where both distributions are equal.
     values = (0.5 * (kl[0] + kl[1])).clamp_min(0.0)
     if not need_gradient:
@@ -118,9 +119,9 @@ def lens_js(
 ) -> LensLoss:
     """The logit-lens loss ``sum_t coefficients_t * JS(p_t, sg(q_t))`` with its gradients, chunked over tokens.
 
-    Logits exist for one chunk at a time and their gradient is consumed at once, so memory is bounded by
-    ``chunk_tokens * v`` instead of ``N * v``. The teacher's logits are recomputed from its normed hidden states with
-    the same head, which is exact and needs ``V / (TP * h)`` times fewer bytes than sending them.
+    Logits exist for one chunk at a time and their gradient is consumed at once, so memory is bounded by about six
+    buffers of ``chunk_tokens * v`` numbers instead of ``N * v``. The teacher's logits are recomputed from its normed
+    hidden states with the same head: exact, and ``V / (TP * h)`` times fewer numbers to send.
 
     Args:
         student_hidden: ``[N, h]`` after the final norm.

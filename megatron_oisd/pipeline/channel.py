@@ -138,4 +138,7 @@ def open_channels(
             group = dist.new_group(sorted((ranks[stage], ranks[last_stage])))
             if ranks == tuple(mine) and here in (stage, last_stage):
                 channels[stage] = Channel(group, source=ranks[last_stage], target=ranks[stage], device=device)
+                # The backend may connect at its first message, waiting for the other rank: here both are surely there,
+                # while in a forward pass the other may itself wait for this one.
+                dist.broadcast(torch.zeros(1, device=device), src=ranks[last_stage], group=group)
     return channels

@@ -22,6 +22,8 @@ _REFUSED = {
     "cpu_offloading": "it moves activations the loss needs; switch it off",
     "enable_cuda_graph": "hooks do not run in replayed graphs; switch CUDA graphs off",
     "external_cuda_graph": "hooks do not run in replayed graphs; switch CUDA graphs off",
+    "apply_query_key_layer_scaling": "scores are scaled and rescaled within the attention; switch it off",
+    "use_mup": "the lens does not apply its logit scaling; switch it off",
     "fp8": "recomputation under fp8 goes through another checkpoint function; train in bf16",
 }
 
@@ -44,12 +46,27 @@ def check_model_config(model_config: Any, config: OISDConfig, model_chunks: Sequ
         raise OISDError(
             f"cuda_graph_impl={cuda_graphs!r} is not supported by OISD: hooks do not run in replayed graphs"
         )
+    if config.lambda_attn > 0 and getattr(model_config, "window_size", None) is not None:
+        raise OISDError(
+            f"window_size={model_config.window_size} (sliding-window attention) is not supported by attention "
+            "alignment: set lambda_attn=0"
+        )
+    if config.lambda_attn > 0 and getattr(model_config, "softmax_type", "vanilla") != "vanilla":
+        raise OISDError(
+            f"softmax_type={model_config.softmax_type!r} (attention sinks) is not supported by attention "
+            "alignment: set lambda_attn=0"
+        )
     if config.lambda_attn > 0 and model_config.num_query_groups < model_config.tensor_model_parallel_size:
         raise OISDError(
             f"num_query_groups={model_config.num_query_groups} is below tensor_model_parallel_size="
             f"{model_config.tensor_model_parallel_size}: use lambda_attn=0 or a smaller tensor-parallel size"
         )
     for chunk in model_chunks:
+        if "FullyShardedDataParallel" in type(chunk).__name__ or "FSDP" in type(chunk).__name__:
+            raise OISDError(
+                f"{type(chunk).__name__} is not supported by OISD: the lens reads whole parameters outside its forward; "
+                "use DistributedDataParallel with the distributed optimizer"
+            )
         ddp = getattr(chunk, "ddp_config", None)
         if ddp is None:
             continue

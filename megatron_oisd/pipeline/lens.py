@@ -76,9 +76,12 @@ class Lens:
     def head_gradient_buffer(self) -> Tensor:
         """``[v, h]`` fp32 buffer that collects the head's lens gradient during a step."""
         if self._head_gradient is None:
-            dtype = torch.float64 if self.head.dtype == torch.float64 else torch.float32
-            self._head_gradient = torch.zeros(self.head.shape, dtype=dtype, device=self.head.device)
+            self._head_gradient = self._new_head_buffer()
         return self._head_gradient
+
+    def _new_head_buffer(self) -> Tensor:
+        dtype = torch.float64 if self.head.dtype == torch.float64 else torch.float32
+        return torch.zeros(self.head.shape, dtype=dtype, device=self.head.device)
 
     def add_norm_gradients(self, gradients: list[Tensor]) -> None:
         """Collect the final norm's lens gradient of one microbatch, which every tensor-parallel rank has in full."""
@@ -90,6 +93,11 @@ class Lens:
             return
         for total, gradient in zip(self._norm_gradients, gradients, strict=True):
             total.add_(gradient)
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether a lens gradient waits to be added to its owner."""
+        return self._norm_gradients is not None
 
     def discard_gradients(self) -> None:
         """Forget what was collected: the step was abandoned."""
@@ -115,15 +123,15 @@ class Lens:
         The student's stage always sends, also zeros: the last stage cannot know whether it had a token.
         """
         for stage, channel in channels.items():
-            norms = self._norm_gradients or [torch.zeros_like(p.data) for p in self.norm.parameters()]
-            if self.is_owner:
+            norms = self._norm_gradients
+            if self.is_owner or norms is None:
                 norms = [torch.zeros_like(p.data) for p in self.norm.parameters()]
             for gradient, parameter in zip(norms, self.norm.parameters(), strict=True):
                 _move(gradient, channel, towards_student=False)
                 if self.is_owner:
                     add_gradient(parameter, gradient)
             if remote_heads[stage]:
-                head = torch.zeros_like(self.head_gradient_buffer()) if self.is_owner else self.head_gradient_buffer()
+                head = self._new_head_buffer() if self.is_owner else self.head_gradient_buffer()
                 _move(head, channel, towards_student=False)
                 if self.is_owner:
                     add_gradient(self.head, head)

@@ -25,14 +25,24 @@ class Metrics:
         self._row = {(kind, layer): i for i, (kind, layer) in enumerate((k, n) for k in kinds for n in layers)}
         self._sums = torch.zeros(len(self._row), len(_FIELDS), dtype=torch.float64, device=device)
         self._counts = torch.zeros(len(self._row), dtype=torch.float64, device=device)
-        self._last_counts = torch.zeros_like(self._counts)
 
-    def add(self, kind: str, layer: int, values: Tensor, weights: Tensor, shares: Tensor, denominator: int) -> None:
-        """Add one microbatch: unweighted values ``[N]``, signed weights, shares of the mean, its denominator."""
-        row, shared = self._row[kind, layer], shares * values
-        update = torch.stack([(weights * shared).sum(), shared.sum(), (weights * shares).sum(), shares.sum()])
-        self._sums[row] += update.to(self._sums.dtype)
-        self._counts[row] += denominator
+    def add(
+        self, kind: str, layer: int, values: Tensor, coefficients: Tensor, shares: Tensor, count: float
+    ) -> None:  # fmt: skip
+        """Add one microbatch.
+
+        Args:
+            kind: ``"think"`` or ``"attn"``.
+            layer: student layer, counted from 1.
+            values: ``[N]`` divergences.
+            coefficients: ``[N]`` signed share of each in the loss times what ``count`` adds up to over the step.
+            shares: ``[N]`` unsigned share of each in the mean divergence.
+            count: the microbatch's part of the denominator.
+        """
+        row = self._row[kind, layer]
+        update = [(coefficients * values).sum(), (shares * values).sum(), coefficients.sum(), shares.sum()]
+        self._sums[row] += torch.stack(update).to(self._sums.dtype)
+        self._counts[row] += count
 
     def reset(self) -> None:
         """Drop all sums."""

@@ -60,6 +60,22 @@ class StepScale:
         scale = (self.num_tokens or 0) if self.per_token_loss else self.data_parallel_size
         return sequence_share * (scale / self.num_sequences)
 
+    def metric_scale(self, aggregation: str, tokens: int) -> tuple[float, float]:
+        """(factor, count): how a microbatch's gradient coefficients become its part of the reported loss.
+
+        The loss is ``sum(factor * coefficient * value) / sum(count)`` over microbatches, steps and ranks.
+
+        Args:
+            aggregation: ``"sequence"`` or ``"token"``.
+            tokens: response tokens of the microbatch.
+        """
+        if self.per_token_loss and self.num_tokens is None:
+            assert aggregation == "token"
+            return 1.0, float(tokens)
+        scale = (self.num_tokens or 1) if self.per_token_loss else self.data_parallel_size
+        # The counts of a step's microbatches and data-parallel ranks add up to 1.
+        return 1.0 / scale, 1.0 / (self.num_microbatches * self.data_parallel_size)
+
     def check(self, aggregation: str) -> None:
         """Raise :class:`OISDError` where the aggregation needs counts of the global batch that were not given."""
         if self.num_microbatches < 1:
@@ -81,21 +97,17 @@ class Microbatch:
     """(s, b), s the full sequence length."""
     tokens: Tensor
     """``[N]`` positions of the computed tokens in ``[s * b]``."""
-    weights: Tensor
-    """``[N]`` signed weight w_t."""
     coefficients: Tensor
     """``[N]`` gradient coefficient, w_t included, lambda not."""
     shares: Tensor
     """``[N]`` share of each token in the reported mean's numerator."""
     sample: QuerySample | None
     """Sampled queries, None where attention alignment is off."""
-    attn_weights: Tensor
     attn_coefficients: Tensor
     attn_shares: Tensor
-    num_sequences: int
-    """Sequences with a response token."""
-    num_tokens: int
-    """Response tokens, weight zero or not."""
+    metric_factor: float
+    metric_count: float
+    """See :meth:`StepScale.metric_scale`."""
     pending: set[tuple[str, int]] = field(default_factory=set)
     """Student taps of this chunk whose gradient is still to come."""
     teacher_hidden: Tensor | None = None
@@ -149,23 +161,21 @@ def make_microbatch(
         )
         attn_coefficients = scale.coefficients(mask, chosen, config.aggregation) * weights
         attn_shares = _shares(mask, chosen, config.aggregation)
-        # Transposed, so that queries come in the order of the flattened [s, b] positions.
         sample = sample_keys(chosen & active, window=config.attn_window, num_global=config.attn_global_keys)
         queries = sample.position * num_rows + sample.sequence
         sample = sample.to(device)
+    metric_factor, metric_count = scale.metric_scale(config.aggregation, int(mask.sum()))
     return Microbatch(
         index=index,
         shape=(length, num_rows),
         tokens=order.to(device),
-        weights=pick(weights, order),
         coefficients=pick(coefficients, order),
         shares=pick(shares, order),
         sample=sample,
-        attn_weights=pick(weights, queries),
         attn_coefficients=pick(attn_coefficients, queries),
         attn_shares=pick(attn_shares, queries),
-        num_sequences=int(mask.any(1).sum()),
-        num_tokens=int(mask.sum()),
+        metric_factor=metric_factor,
+        metric_count=metric_count,
     )
 
 

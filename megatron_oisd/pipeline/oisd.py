@@ -89,6 +89,11 @@ class OISD:
         check_model_config(self._model_config, config, model_chunks)
         self._placement = find_placement(models, pp_group)
         config.validate_layers(self._placement.num_layers)
+        if vocab_size is not None and vocab_size > models[0].vocab_size:
+            raise OISDError(
+                f"vocab_size is {vocab_size} but the model's unembedding has {models[0].vocab_size} rows: pass the "
+                "vocabulary size that the model was made for"
+            )
 
         stage = 0 if pp_group is None else pp_group.rank()
         self._is_last = stage == self._placement.last_stage
@@ -105,6 +110,9 @@ class OISD:
         self._needed: dict[int, int] = {}
         self._fresh = False
         self._hooks: list[Any] = []
+        self._attached = False
+        self._finalize: Any = None
+        self._original_finalize: Any = None
         self._channels: dict[int, Channel] = {}
         self._lens: Lens | None = None
         kinds = tuple(kind for kind in ("think", "attn") if getattr(config, f"lambda_{kind}") > 0)
@@ -126,6 +134,7 @@ class OISD:
         self._hook_students()
         if self._is_last:
             self._hook_teacher()
+        self._attached = True
         self._wrap_finalize()
         self.sync()
 
@@ -133,7 +142,12 @@ class OISD:
 
     @contextmanager
     def step(
-        self, *, num_microbatches: int, num_sequences: int | None = None, num_tokens: int | None = None
+        self,
+        *,
+        num_microbatches: int,
+        num_sequences: int | None = None,
+        num_tokens: int | None = None,
+        step: int | None = None,
     ) -> Iterator[None]:
         """Surround one ``forward_backward_func`` call, on every rank of the pipeline.
 
@@ -143,9 +157,12 @@ class OISD:
             num_tokens: response tokens of the global batch, as the loss function counts them for Megatron. Both are
                 needed for ``aggregation="sequence"`` under ``calculate_per_token_loss``; without them means are taken
                 per microbatch first, as Megatron does by default.
+            step: number of the optimizer step, which seeds the sampled queries; give it where runs are resumed. None:
+                steps are counted from 0 since attaching.
 
         Raises:
-            OISDError: counts are missing, or a microbatch that went forward never came back.
+            OISDError: counts are missing, a microbatch that went forward never came back, or the last step's lens
+                gradients did not reach their owner.
         """
         if not self.config.enabled:
             yield
@@ -160,18 +177,28 @@ class OISD:
             num_tokens=num_tokens,
         )
         scale.check(self.config.aggregation)
+        if self._lens is not None and self._lens.has_gradients:
+            raise OISDError(
+                "the last step's lens gradients were never added to the final norm and the unembedding: set the model "
+                "config's finalize_model_grads_func, or call OISD.reduce_head_gradients() before gradients are reduced"
+            )
+        self._wrap_finalize()
         if not self._fresh:
             self.sync()
         self._scale = scale
-        self._step_number += 1
+        self._step_number = self._step_number + 1 if step is None else step
+        finished = False
         try:
             yield
             self._check_nothing_is_left()
             for channel in self._channels.values():
                 channel.finish()
+            finished = True
         finally:
             self._scale, self._fresh = None, False
             self._forget_step()
+            if not finished and self._lens is not None:
+                self._lens.discard_gradients()
 
     @contextmanager
     def microbatch(
@@ -198,6 +225,9 @@ class OISD:
             yield
             return
         chunk = self._find_chunk(model)
+        if not chunk.students and not chunk.model.post_process:
+            yield
+            return
         rows, index = loss_mask.shape[0], chunk.forwarded
         if sequence_ids is None:
             rank = 0 if self.dp_group is None else self.dp_group.rank()
@@ -257,10 +287,11 @@ class OISD:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        original = getattr(self, "_original_finalize", None)
-        if original is not None:
-            self._model_config.finalize_model_grads_func = original
-            self._original_finalize = None
+        # Somebody who wrapped it after us keeps their wrapper; ours inside it then only passes on.
+        if self._finalize is not None and self._model_config.finalize_model_grads_func is self._finalize:
+            self._model_config.finalize_model_grads_func = self._original_finalize
+        self._finalize = self._original_finalize = None
+        self._attached = False
         self._forget_step()
 
     # ------------------------------------------------------------------------------------------- attaching
@@ -271,11 +302,6 @@ class OISD:
             return None
         rows = self._lens.head.shape[0]
         rank = 0 if self.tp_group is None else self.tp_group.rank()
-        if vocab_size > rows * group_size(self.tp_group):
-            raise OISDError(
-                f"vocab_size is {vocab_size} but the model's unembedding has {rows * group_size(self.tp_group)} rows: "
-                "pass the tokenizer's vocabulary size that the model was made for"
-            )
         return min(max(vocab_size - rank * rows, 0), rows)
 
     def _find_remote_heads(self, models: list[Any]) -> dict[int, bool]:
@@ -317,15 +343,17 @@ class OISD:
             )
 
     def _wrap_finalize(self) -> None:
+        """Put :meth:`reduce_head_gradients` before Megatron's reduction; again at each step, as loops set it late."""
         original = self._model_config.finalize_model_grads_func
-        self._original_finalize = original
-        if original is None:
+        if original is None or original is self._finalize:
             return
 
         def finalize(*args: Any, **kwargs: Any) -> Any:
-            self.reduce_head_gradients()
+            if self._attached:
+                self.reduce_head_gradients()
             return original(*args, **kwargs)
 
+        self._finalize, self._original_finalize = finalize, original
         self._model_config.finalize_model_grads_func = finalize
 
     # ------------------------------------------------------------------------------------------- forward
@@ -496,8 +524,8 @@ class OISD:
         local = gradients[0] if slots is None else gradients[0][slots]
         total = upstream.clone()
         total.view(-1, total.shape[-1]).index_add_(0, rows, local.to(total.dtype))
-        denominator = entry.num_sequences if config.aggregation == "sequence" else entry.num_tokens
-        self._metrics.add("think", layer, loss.values, entry.weights, entry.shares, denominator)
+        signed = entry.coefficients * entry.metric_factor
+        self._metrics.add("think", layer, loss.values, signed, entry.shares, entry.metric_count)
         self._done(chunk, entry, ("think", layer))
         return total
 
@@ -517,10 +545,10 @@ class OISD:
             scale = config.lambda_attn / len(config.layers) * self._loss_scale()
             loss = (upcast(values) * entry.attn_coefficients).sum() * scale
         gradients = torch.autograd.grad(loss, [query_leaf, key_leaf])
-        denominator = entry.num_sequences if config.aggregation == "sequence" else entry.num_tokens
         # Metrics divide by TP what every rank counts alike; here each rank holds the share of its own heads.
         whole = values.detach() * group_size(self.tp_group)
-        self._metrics.add("attn", layer, whole, entry.attn_weights, entry.attn_shares, denominator)
+        signed = entry.attn_coefficients * entry.metric_factor
+        self._metrics.add("attn", layer, whole, signed, entry.attn_shares, entry.metric_count)
         self._done(chunk, entry, ("attn", layer))
         return gradients[0], gradients[1]
 
@@ -549,6 +577,11 @@ class OISD:
 
 
 def _query_and_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    if kwargs.get("packed_seq_params") is not None:
+        raise OISDError(
+            "packed sequences (packed_seq_params) are not supported with lambda_attn > 0: run unpacked microbatches or "
+            "set lambda_attn=0"
+        )
     query = args[0] if args else kwargs["query"]
     key = args[1] if len(args) > 1 else kwargs["key"]
     return query, key
@@ -556,5 +589,5 @@ def _query_and_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tenso
 
 def _softmax_scale(module: Any, query: Tensor) -> float:
     """The scale that this core attention applies to q k^T."""
-    scale = getattr(module, "softmax_scale", None)
+    scale = getattr(module, "softmax_scale", None) or module.config.softmax_scale
     return 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)

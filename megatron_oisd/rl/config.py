@@ -19,7 +19,7 @@ def _field(default: Any, help_text: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One GRPO (+ OISD) run. The defaults of the algorithm are the paper's recipe; see ``docs/paper_map.md``.
+    """One GRPO (+ OISD) run. The defaults of the algorithm follow the paper's recipe; see ``docs/paper_map.md``.
 
     Raises:
         OISDError: a value is out of range or two do not go together.

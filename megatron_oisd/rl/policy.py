@@ -113,7 +113,7 @@ class PolicyPass:
         return results
 
     def gradients(
-        self, microbatches: Sequence[PolicyMicrobatch], *, num_sequences: int, num_tokens: int
+        self, microbatches: Sequence[PolicyMicrobatch], *, num_sequences: int, num_tokens: int, step: int | None = None
     ) -> dict[str, float]:
         """Accumulate the gradients of GRPO + OISD over the microbatches of one optimizer step.
 
@@ -121,6 +121,7 @@ class PolicyPass:
             microbatches: this data-parallel rank's; the same number on every rank.
             num_sequences: sequences of the global batch.
             num_tokens: response tokens of the global batch.
+            step: number of the optimizer step; None: counted since OISD was attached.
 
         Returns:
             GRPO's metrics, means over the response tokens of the global batch, equal on every rank.
@@ -128,7 +129,9 @@ class PolicyPass:
         context = (
             nullcontext()
             if self.oisd is None
-            else self.oisd.step(num_microbatches=len(microbatches), num_sequences=num_sequences, num_tokens=num_tokens)
+            else self.oisd.step(
+                num_microbatches=len(microbatches), num_sequences=num_sequences, num_tokens=num_tokens, step=step
+            )
         )
         with context:
             store = self._run(microbatches, forward_only=False)

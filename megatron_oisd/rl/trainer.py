@@ -109,7 +109,8 @@ class Trainer:
         updates = []
         for start in range(0, len(batch), rows):
             chosen = slice(start, start + rows)
-            updates.append(self._update(batch.select(chosen), old_log_probs[chosen]))
+            number = (self.step * len(batch) + start) // rows
+            updates.append(self._update(batch.select(chosen), old_log_probs[chosen], number))
         metrics |= {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]} | clock.lap("update")
 
         self.step += 1
@@ -154,8 +155,8 @@ class Trainer:
             result[microbatch.sequence_ids, :width] = value[:, :width].cpu()
         return result
 
-    def _update(self, batch: RolloutBatch, old_log_probs: torch.Tensor) -> dict[str, float]:
-        """One optimizer step on one mini-batch."""
+    def _update(self, batch: RolloutBatch, old_log_probs: torch.Tensor, number: int) -> dict[str, float]:
+        """Optimizer step ``number`` of the run, on one mini-batch."""
         training = self.training
         for chunk in training.chunks:
             chunk.train()
@@ -165,6 +166,7 @@ class Trainer:
             self._microbatches(batch, self._my_rows(len(batch)), old_log_probs),
             num_sequences=len(batch),
             num_tokens=int(batch.mask.sum()),
+            step=number,
         )
         if not math.isfinite(losses["loss"]):
             raise OISDError(

@@ -114,13 +114,13 @@ def test_tensor_parallel_and_plain_grpo_take_the_same_first_step(workspace, tmp_
         for code, text in run_ranks(2, _run, _arguments(workspace, tmp_path / name, num_steps=1, **layout)):
             assert code == 0, text
         norms[name] = _metrics(tmp_path / name)[0]["actor/grad_norm"]
-    assert norms == pytest.approx(dict.fromkeys(layouts, norms["pp"]), rel=1e-3)
+    assert norms == pytest.approx(dict.fromkeys(layouts, norms["pp"]), rel=1e-4)
     off = {"oisd_lambda_think": 0, "oisd_lambda_attn": 0}
     for code, text in run_ranks(2, _run, _arguments(workspace, tmp_path / "grpo", num_steps=1, **off)):
         assert code == 0, text
     plain = _metrics(tmp_path / "grpo")[0]
     assert not [name for name in plain if name.startswith("oisd/")]
-    assert plain["actor/grad_norm"] != pytest.approx(norms["pp"], rel=1e-3)
+    assert plain["actor/grad_norm"] != pytest.approx(norms["pp"], rel=2e-4)
 
 
 def test_one_step_on_the_papers_training_set(workspace, tmp_path):
@@ -163,7 +163,7 @@ def test_bad_input_is_one_line_on_every_rank(workspace, tmp_path, changes, words
 
 
 def test_damaged_checkpoints_are_refused(workspace, tmp_path):
-    for damage, word in (("truncate", "incomplete"), ("tokenizer", "tokenizer")):
+    for damage, word in (("truncate", "damaged"), ("tokenizer", "tokenizer")):
         load = tmp_path / damage
         shutil.copytree(workspace / "mcore", load)
         if damage == "truncate":

@@ -37,6 +37,11 @@ class _LogprobRecorder(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self._record(input_ids)
+        if not torch.isfinite(scores.sum()):  # one number: NaN or inf anywhere makes the sum so
+            raise OISDError(
+                "the policy's logits are NaN or infinite, so nothing can be sampled; go back to "
+                "the last good checkpoint and lower --lr"
+            )
         self._logits = scores
         return scores
 
