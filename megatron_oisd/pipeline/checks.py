@@ -64,7 +64,7 @@ def check_model_config(model_config: Any, config: OISDConfig, model_chunks: Sequ
     for chunk in model_chunks:
         if "FullyShardedDataParallel" in type(chunk).__name__ or "FSDP" in type(chunk).__name__:
             raise OISDError(
-                f"{type(chunk).__name__} is not supported by OISD: the lens reads whole parameters outside its forward; "
+                f"{type(chunk).__name__} is not supported by OISD: the lens reads whole parameters outside forward; "
                 "use DistributedDataParallel with the distributed optimizer"
             )
         ddp = getattr(chunk, "ddp_config", None)

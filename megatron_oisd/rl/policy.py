@@ -113,14 +113,19 @@ class PolicyPass:
         return results
 
     def gradients(
-        self, microbatches: Sequence[PolicyMicrobatch], *, num_sequences: int, num_tokens: int, step: int | None = None
+        self,
+        microbatches: Sequence[PolicyMicrobatch],
+        *,
+        num_sequences: int | None,
+        num_tokens: int | None,
+        step: int | None = None,
     ) -> dict[str, float]:
         """Accumulate the gradients of GRPO + OISD over the microbatches of one optimizer step.
 
         Args:
             microbatches: this data-parallel rank's; the same number on every rank.
-            num_sequences: sequences of the global batch.
-            num_tokens: response tokens of the global batch.
+            num_sequences: sequences of the global batch; None as in :meth:`OISD.step`.
+            num_tokens: response tokens of the global batch; likewise.
             step: number of the optimizer step; None: counted since OISD was attached.
 
         Returns:

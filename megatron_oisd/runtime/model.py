@@ -132,6 +132,9 @@ def transformer_config(
         # Non-overlapped interleaving mixes up messages on gloo, with or without this package.
         fields["overlap_p2p_comm"] = True
         fields["batch_p2p_comm"] = False
+        # The overlapped schedule frees an output right after posting its send. CUDA streams order that; gloo reads the
+        # freed memory (seen as rare NaNs in plain Megatron).
+        fields["deallocate_pipeline_outputs"] = not on_cpu
     fields.update(overrides)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*gradient_accumulation_fusion.*")

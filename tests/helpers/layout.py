@@ -34,6 +34,8 @@ class Case:
     dtype: torch.dtype = torch.float32
     overrides: tuple[tuple[str, Any], ...] = ()
     distributed_optimizer: bool = False
+    counts: bool = True
+    """Whether the step is told the global batch's counts of sequences and tokens."""
 
     @property
     def world(self) -> int:
@@ -53,6 +55,8 @@ class Case:
             if not self.oisd.enabled:
                 parts.append("lambda0")
         parts += [] if self.per_token_loss else ["meanloss"]
+        parts += [] if self.counts else ["nocounts"]
+        parts += ["distopt"] if self.distributed_optimizer else []
         parts += [str(value) for _, value in self.overrides]
         return "-".join(parts)
 
@@ -108,7 +112,7 @@ def reference(case: Case, batch: Batch) -> tuple[dict[str, float], dict[str, Ten
         old_log_probs=batch.old_log_probs.double(), layers=oisd.layers, lambda_think=oisd.lambda_think,
         lambda_attn=oisd.lambda_attn, temperature=oisd.temperature, advantage_clip=oisd.advantage_clip,
         window=oisd.attn_window, num_global=oisd.attn_global_keys, query_mask=query_mask(oisd, batch),
-        head_gradient=oisd.head_gradient, aggregation=oisd.aggregation,
+        head_gradient=oisd.head_gradient, aggregation=_aggregation(case, oisd),
         # Without per-token loss Megatron means over microbatches of means over tokens: per sequence at batch 1.
         grpo_aggregation="token" if case.per_token_loss else "sequence",
     )  # fmt: skip
@@ -118,6 +122,12 @@ def reference(case: Case, batch: Batch) -> tuple[dict[str, float], dict[str, Ten
         values |= {f"oisd/think/layer_{n}": v.item() for n, v in losses.think.items() if oisd.lambda_think}
         values |= {f"oisd/attn/layer_{n}": v.item() for n, v in losses.attn.items() if oisd.lambda_attn}
     return values, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _aggregation(case: Case, oisd: OISDConfig) -> str:
+    """Without counts and per-token loss, microbatches of one sequence make every mean a mean over sequences."""
+    assert case.counts or case.per_token_loss or case.micro_batch == 1
+    return oisd.aggregation if case.counts or case.per_token_loss else "sequence"
 
 
 def query_mask(oisd: OISDConfig, batch: Batch) -> Tensor:
@@ -179,7 +189,11 @@ def run_case(case: Case, batch: Batch) -> tuple[dict[str, float], dict[str, Tens
                     old_log_probs=batch.old_log_probs[rows], sequence_ids=rows,
                 )
             )  # fmt: skip
-        metrics = policy.gradients(microbatches, num_sequences=len(batch.tokens), num_tokens=int(batch.mask.sum()))
+        metrics = policy.gradients(
+            microbatches,
+            num_sequences=len(batch.tokens) if case.counts else None,
+            num_tokens=int(batch.mask.sum()) if case.counts else None,
+        )
         values = {"loss": metrics["loss"]} if case.per_token_loss else {}
         if oisd is not None:
             values |= {k: v for k, v in oisd.metrics().items() if k.startswith(("oisd/think/", "oisd/attn/"))}

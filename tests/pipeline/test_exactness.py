@@ -57,11 +57,17 @@ CASES = [
     Case(dp=2, pp=2, tied=False),
     Case(dp=2, tp=2, oisd=SEVERAL),
     Case(dp=2, pp=2, per_token_loss=False),
+    Case(dp=2, pp=2, per_token_loss=False, oisd=replace(OISD, aggregation="token")),
+    Case(dp=2, pp=2, per_token_loss=False, counts=False),
+    Case(dp=2, pp=2, per_token_loss=False, counts=False, oisd=replace(OISD, aggregation="token")),
+    Case(dp=2, pp=2, micro_batch=2, counts=False, oisd=replace(OISD, aggregation="token")),
     Case(dp=2, pp=2, distributed_optimizer=True),
     Case(pp=2, overrides=FULL_RECOMPUTE, oisd=replace(OISD, layers=(1,))),
     Case(pp=2, overrides=BLOCK_RECOMPUTE, oisd=SEVERAL),
     Case(pp=2, overrides=(("recompute_granularity", "selective"),), oisd=SEVERAL),
     Case(pp=2, vpp=2, oisd=SEVERAL),
+    Case(tp=2, pp=2, vpp=2, tied=False, sequence_parallel=True, oisd=SEVERAL),
+    Case(pp=2, vpp=2, oisd=SEVERAL, overrides=(*FULL_RECOMPUTE[:2], ("recompute_num_layers", 1))),
 ]
 
 

@@ -24,6 +24,7 @@ DATA = Path(os.environ.get("OISD_DATA", ROOT.parent / "shared" / "data"))
 SMALL = {
     "prompts_per_step": 4, "mini_batch_prompts": 2, "samples_per_prompt": 4, "micro_batch_size": 2,
     "max_prompt_tokens": 128, "max_response_tokens": 12, "lr": 1e-3, "pp": 2, "oisd_layers": 2, "save_interval": 2,
+    "oisd_attn_queries": 4,
     "reward": "parity",
 }  # fmt: skip
 
