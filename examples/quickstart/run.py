@@ -33,7 +33,7 @@ TOOLS = ROOT / "tools"
 RECIPE = {
     "--pp": "2",
     "--oisd-layers": "2",
-    "--num-steps": "100",
+    "--num-steps": "60",
     "--prompts-per-step": "32",
     "--mini-batch-prompts": "16",
     "--samples-per-prompt": "8",
@@ -42,7 +42,7 @@ RECIPE = {
     "--max-response-tokens": "40",
     "--lr": "3e-4",
     "--adam-beta2": "0.95",
-    "--save-interval": "25",
+    "--save-interval": "30",
 }
 
 SMOKE = {"--num-steps": "2", "--prompts-per-step": "4", "--mini-batch-prompts": "2", "--micro-batch-size": "8"}
@@ -71,12 +71,14 @@ def free_directory(path: Path) -> None:
     print(f"{path} exists already: moved to {aside}")
 
 
-def stage(title: str, command: list[str], threads: int) -> None:
+def stage(title: str, command: list[str]) -> None:
     """Run one stage with the terminal's own output and stop at the first that fails."""
     print(f"\n== {title}\n$ {shlex.join(command)}", flush=True)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment.setdefault("HF_HUB_OFFLINE", "1")
     environment.setdefault("PYTHONWARNINGS", "ignore")
+    # Waiting threads that spin take the core from whatever else runs: a busy machine then gets many times slower.
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     start = time.monotonic()
     code = subprocess.run(command, env=environment, check=False).returncode
     if code:
@@ -103,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     free_directory(out)
     out.mkdir(parents=True)
     python, seed = sys.executable, str(arguments.seed)
-    threads = max(1, min(2, os.cpu_count() or 1))
+    threads = str(max(1, min(2, os.cpu_count() or 1)))
     recipe = [part for pair in (RECIPE | (SMOKE if arguments.smoke else {})).items() for part in pair]
     samples, limit = ("2", "8") if arguments.smoke else (str(arguments.eval_samples), "128")
 
@@ -115,30 +117,19 @@ def main(argv: list[str] | None = None) -> None:
                 "--samples", samples, "--limit", limit, "--max-new-tokens", "40", "--seed", seed,
                 "--output", str(out / "evaluation"), "--label", label,
             ],
-            threads,
         )  # fmt: skip
 
-    stage("problems", [python, str(EXAMPLE / "arithmetic.py"), "--out", str(out / "data"), "--seed", seed], threads)
+    stage("problems", [python, str(EXAMPLE / "arithmetic.py"), "--out", str(out / "data"), "--seed", seed])
     stage(
         "make a small model",
         [
-            python,
-            str(EXAMPLE / "make_model.py"),
-            "--out",
-            str(out / "model"),
-            "--seed",
-            seed,
-            "--threads",
-            str(threads),
-            *(["--tied"] if arguments.tied else []),
-            *(SMOKE_MODEL if arguments.smoke else []),
+            python, str(EXAMPLE / "make_model.py"), "--out", str(out / "model"), "--seed", seed, "--threads", threads,
+            *(["--tied"] if arguments.tied else []), *(SMOKE_MODEL if arguments.smoke else []),
         ],
-        threads,
-    )
+    )  # fmt: skip
     stage(
         "convert HF to Megatron-Core",
         [python, str(TOOLS / "convert_hf_to_mcore.py"), "--hf", str(out / "model"), "--output", str(out / "mcore")],
-        threads,
     )
     evaluate(out / "model", "before")
     stage(
@@ -148,7 +139,6 @@ def main(argv: list[str] | None = None) -> None:
             str(TOOLS / "train_rl.py"), "--load", str(out / "mcore"), "--data", str(out / "data/train.jsonl"),
             "--output", str(out / "train"), "--seed", seed, *recipe, *further,
         ],
-        1,
     )  # fmt: skip
     stage(
         "convert Megatron-Core to HF",
@@ -156,7 +146,6 @@ def main(argv: list[str] | None = None) -> None:
             python, str(TOOLS / "convert_mcore_to_hf.py"), "--mcore", str(out / "train/checkpoints"), "--output",
             str(out / "model-trained"),
         ],
-        threads,
     )  # fmt: skip
     evaluate(out / "model-trained", "after")
     stage(
@@ -165,7 +154,6 @@ def main(argv: list[str] | None = None) -> None:
             python, str(TOOLS / "plot_training.py"), "--run", f"GRPO + OISD={out / 'train'}", "--evaluation",
             str(out / "evaluation/table.json"), "--output", str(out / "training.png"),
         ],
-        threads,
     )  # fmt: skip
     print(f"\n{(out / 'evaluation/table.md').read_text(encoding='utf-8')}")
     print(f"Done in {time.monotonic() - start:.0f} s. Look at {out / 'training.png'};")
