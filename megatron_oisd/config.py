@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -62,7 +62,17 @@ class OISDConfig:
     """Tokens per chunk of the logit-lens loss: bounds its memory at ``chunk_tokens * vocab_size / TP`` floats."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.layers, Iterable) or isinstance(self.layers, str):
+            raise OISDError(
+                f"layers is {self.layers!r}: expected a sequence of layers counted from 1, e.g. layers=(6,)"
+            )
         object.__setattr__(self, "layers", tuple(self.layers))
+        for name in ("lambda_think", "lambda_attn", "temperature", "advantage_clip"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise OISDError(f"{name} is {value!r}: expected a number")
+        if not isinstance(self.head_gradient, bool):
+            raise OISDError(f"head_gradient is {self.head_gradient!r}: expected True or False")
         if not self.layers:
             raise OISDError("layers is empty: expected at least one student layer counted from 1, e.g. layers=(6,)")
         for layer in self.layers:

@@ -66,6 +66,7 @@ class Lens:
             weight = torch.zeros(rows, config.hidden_size, dtype=config.params_dtype, device=reference.device)
         self.head: Tensor = weight
         self._head_gradient: Tensor | None = None
+        self._head_waits = False
         self._norm_gradients: list[Tensor] | None = None
 
     @property
@@ -77,6 +78,7 @@ class Lens:
         """``[v, h]`` fp32 buffer that collects the head's lens gradient during a step."""
         if self._head_gradient is None:
             self._head_gradient = self._new_head_buffer()
+        self._head_waits = True
         return self._head_gradient
 
     def _new_head_buffer(self) -> Tensor:
@@ -97,11 +99,12 @@ class Lens:
     @property
     def has_gradients(self) -> bool:
         """Whether a lens gradient waits to be added to its owner."""
-        return self._norm_gradients is not None
+        return self._norm_gradients is not None or self._head_waits
 
     def discard_gradients(self) -> None:
         """Forget what was collected: the step was abandoned."""
         self._head_gradient = self._norm_gradients = None
+        self._head_waits = False
 
     def refresh(self, channels: dict[int, Channel], remote_heads: dict[int, bool]) -> None:
         """Copy the owner's final norm and, where it is not there already, unembedding to the replicas.
@@ -143,7 +146,7 @@ class Lens:
             add_gradient(self.head, self._head_gradient)
         if self._head_gradient is not None:
             self._head_gradient.zero_()
-        self._norm_gradients = None
+        self._norm_gradients, self._head_waits = None, False
 
 
 def _build_norm(model: Any, config: Any) -> nn.Module:
@@ -162,6 +165,7 @@ def _build_norm(model: Any, config: Any) -> nn.Module:
 def _move(tensor: Tensor, channel: Channel, *, towards_student: bool) -> None:
     sender = channel.source if towards_student else channel.target
     receiver = channel.target if towards_student else channel.source
+    channel.check()
     if dist.get_rank() == sender:
         dist.send(tensor.contiguous(), receiver, group=channel.group)
     else:

@@ -44,6 +44,15 @@ class Metrics:
         self._sums[row] += torch.stack(update).to(self._sums.dtype)
         self._counts[row] += count
 
+    def snapshot(self) -> tuple[Tensor, Tensor]:
+        """The sums so far, for :meth:`restore`."""
+        return self._sums.clone(), self._counts.clone()
+
+    def restore(self, snapshot: tuple[Tensor, Tensor]) -> None:
+        """Go back to a snapshot: the step was abandoned."""
+        self._sums.copy_(snapshot[0])
+        self._counts.copy_(snapshot[1])
+
     def reset(self) -> None:
         """Drop all sums."""
         self._sums.zero_()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -78,8 +79,10 @@ class StepScale:
 
     def check(self, aggregation: str) -> None:
         """Raise :class:`OISDError` where the aggregation needs counts of the global batch that were not given."""
-        if self.num_microbatches < 1:
-            raise OISDError(f"num_microbatches is {self.num_microbatches}: expected at least 1")
+        for name in ("num_microbatches", "num_sequences", "num_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise OISDError(f"{name} is {value}: expected at least 1")
         if aggregation == "sequence" and self.per_token_loss and None in (self.num_sequences, self.num_tokens):
             raise OISDError(
                 "aggregation 'sequence' with calculate_per_token_loss needs the global batch's num_sequences and "
@@ -87,7 +90,7 @@ class StepScale:
             )
 
 
-@dataclass
+@dataclass(eq=False)
 class Microbatch:
     """One microbatch on one model chunk, from its forward to its last injected gradient."""
 
@@ -105,6 +108,8 @@ class Microbatch:
     """Sampled queries, None where attention alignment is off."""
     attn_coefficients: Tensor
     attn_shares: Tensor
+    fingerprint: int
+    """Of step, tokens and weights: equal on every stage that was given the same mask and advantages."""
     metric_factor: float
     metric_count: float
     """See :meth:`StepScale.metric_scale`."""
@@ -174,6 +179,7 @@ def make_microbatch(
         sample=sample,
         attn_coefficients=pick(attn_coefficients, queries),
         attn_shares=pick(attn_shares, queries),
+        fingerprint=zlib.crc32(weights.masked_fill(~mask, 0.0).numpy().tobytes(), step & 0xFFFFFFFF),
         metric_factor=metric_factor,
         metric_count=metric_count,
     )

@@ -187,7 +187,7 @@ class OISD:
             self.sync()
         self._scale = scale
         self._step_number = self._step_number + 1 if step is None else step
-        finished = False
+        finished, metrics = False, self._metrics.snapshot()
         try:
             yield
             self._check_nothing_is_left()
@@ -197,8 +197,10 @@ class OISD:
         finally:
             self._scale, self._fresh = None, False
             self._forget_step()
-            if not finished and self._lens is not None:
-                self._lens.discard_gradients()
+            if not finished:
+                self._metrics.restore(metrics)
+                if self._lens is not None:
+                    self._lens.discard_gradients()
 
     @contextmanager
     def microbatch(
@@ -293,6 +295,9 @@ class OISD:
         self._finalize = self._original_finalize = None
         self._attached = False
         self._forget_step()
+        for channel in self._channels.values():
+            dist.destroy_process_group(channel.group)
+        self._channels.clear()
 
     # ------------------------------------------------------------------------------------------- attaching
 
@@ -345,7 +350,12 @@ class OISD:
     def _wrap_finalize(self) -> None:
         """Put :meth:`reduce_head_gradients` before Megatron's reduction; again at each step, as loops set it late."""
         original = self._model_config.finalize_model_grads_func
-        if original is None or original is self._finalize:
+        wrapped = original
+        while wrapped is not None:
+            if wrapped is self._finalize:
+                return
+            wrapped = getattr(wrapped, "oisd_wraps", None)
+        if original is None:
             return
 
         def finalize(*args: Any, **kwargs: Any) -> Any:
@@ -353,6 +363,7 @@ class OISD:
                 self.reduce_head_gradients()
             return original(*args, **kwargs)
 
+        finalize.oisd_wraps = original  # type: ignore[attr-defined]
         self._finalize, self._original_finalize = finalize, original
         self._model_config.finalize_model_grads_func = finalize
 
@@ -381,7 +392,7 @@ class OISD:
         if entry is None:
             return None
         hidden = output[0] if isinstance(output, tuple) else output
-        rows, slots = self._local_rows(entry)
+        rows, slots = self._local_rows(entry, hidden)
         saved = hidden.detach().flatten(0, 1)[rows]
         tapped = HiddenTap.apply(hidden, saved, partial(self._add_think, chunk, layer, entry, rows, slots))
         return (tapped, *output[1:]) if isinstance(output, tuple) else tapped
@@ -393,12 +404,13 @@ class OISD:
         if entry is None:
             return None
         query, key = _query_and_key(args, kwargs)
+        _check_shape(entry, *query.shape[:2])
         return AttentionTap.apply(output, query, key, partial(self._attn_gradients, chunk, layer, entry, module))
 
     def _after_final_norm(self, chunk: _Chunk, module: nn.Module, args: Any, output: Tensor) -> None:
         entry = chunk.current
         if entry is not None:
-            rows, slots = self._local_rows(entry)
+            rows, slots = self._local_rows(entry, output)
             entry.teacher_hidden = self._gather_rows(output.detach().flatten(0, 1)[rows], entry, slots)
 
     def _after_teacher_attention(self, chunk: _Chunk, module: Any, args: Any, kwargs: Any, output: Tensor) -> None:
@@ -406,15 +418,18 @@ class OISD:
         if entry is not None:
             assert entry.sample is not None
             query, key = _query_and_key(args, kwargs)
+            _check_shape(entry, *query.shape[:2])
             scores = sampled_scores(query.detach(), key.detach(), entry.sample, scale=_softmax_scale(module, query))
             entry.teacher_scores = scores.log_softmax(-1)
 
-    def _local_rows(self, entry: Microbatch) -> tuple[Tensor, Tensor | None]:
+    def _local_rows(self, entry: Microbatch, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """Rows of the computed tokens in this rank's ``[s * b]`` hidden states, and where they stand among all N.
 
         Under sequence parallelism a rank holds ``s / TP`` positions; None means that it holds them all.
         """
-        if not self._model_config.sequence_parallel or group_size(self.tp_group) == 1:
+        shards = group_size(self.tp_group) if self._model_config.sequence_parallel else 1
+        _check_shape(entry, hidden.shape[0] * shards, hidden.shape[1])
+        if shards == 1:
             return entry.tokens, None
         assert self.tp_group is not None
         size = entry.shape[0] * entry.shape[1] // self.tp_group.size()
@@ -450,7 +465,7 @@ class OISD:
         first = entry.index not in self._needed
         self._needed[entry.index] = self._needed.get(entry.index, 0) + 1
         if first and not self._is_last:
-            next(iter(self._channels.values())).expect(entry.index, self._parts(entry))
+            next(iter(self._channels.values())).expect(entry.index, self._parts(entry), entry.fingerprint)
 
     def _hand_over(self, entry: Microbatch) -> None:
         """End of the last stage's forward: keep the teacher for students here, send it to those elsewhere."""
@@ -467,7 +482,7 @@ class OISD:
             )
         entry.teacher_hidden = entry.teacher_scores = None
         for channel in self._channels.values():
-            channel.send(entry.index, tensors)
+            channel.send(entry.index, tensors, entry.fingerprint)
         if self._has_student:
             self._teachers[entry.index] = tensors
 
@@ -574,6 +589,14 @@ class OISD:
         self._needed.clear()
         for channel in self._channels.values():
             channel.clear()
+
+
+def _check_shape(entry: Microbatch, length: int, rows: int) -> None:
+    if entry.shape != (length, rows):
+        raise OISDError(
+            f"loss_mask has shape {[entry.shape[1], entry.shape[0]]} but the model ran on tokens of shape "
+            f"{[rows, length]}: pass the mask of this microbatch's own tokens"
+        )
 
 
 def _query_and_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:

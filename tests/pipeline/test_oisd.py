@@ -365,17 +365,18 @@ def test_a_log_probability_pass_changes_neither_metrics_nor_the_next_step(model,
 def test_a_microbatch_that_never_comes_back_is_named_and_forgotten(model, batch, fresh, backward):
     """``backward`` of the two come back: what they left in the lens must not enter the next step either."""
     oisd = model.attach()
-    with (
-        pytest.raises(OISDError, match=rf"for microbatch {backward} \(attn of layer 2, think of layer 2\)") as caught,
-        oisd.step(num_microbatches=2, num_sequences=4, num_tokens=40),
-    ):
-        outputs = []
-        for row in range(2):
-            part = slice(row, row + 1)
-            with oisd.microbatch(model.chunk, loss_mask=batch.mask[part], advantages=batch.advantages[part]):
-                outputs.append(model.forward(batch.tokens[part]))
-        for output in outputs[:backward]:
-            output.sum().backward()
+
+    def step() -> None:
+        with oisd.step(num_microbatches=2, num_sequences=4, num_tokens=40):
+            outputs = []
+            for part in (slice(0, 1), slice(1, 2)):
+                with oisd.microbatch(model.chunk, loss_mask=batch.mask[part], advantages=batch.advantages[part]):
+                    outputs.append(model.forward(batch.tokens[part]))
+            for output in outputs[:backward]:
+                output.sum().backward()
+
+    with pytest.raises(OISDError, match=rf"for microbatch {backward} \(attn of layer 2, think of layer 2\)") as caught:
+        step()
     assert ("microbatch 0" in str(caught.value)) == (backward == 0)
     assert held(oisd) == []
     assert differing(model.train(oisd, batch), fresh) == []
@@ -606,13 +607,16 @@ def test_a_resumed_run_samples_the_queries_of_the_step_it_is_at(model, batch):
     config = replace(CONFIG, attn_queries=2)
     counts = {"num_microbatches": 1, "num_sequences": 1, "num_tokens": 9}
 
+    fields = {"loss_mask": batch.mask[:1], "advantages": batch.advantages[:1], "sequence_ids": [5]}
+
     def queries(oisd: OISD, **step: int) -> list[int]:
-        with pytest.raises(OISDError, match="microbatch 0"), oisd.step(**counts, **step):
-            fields = {"loss_mask": batch.mask[:1], "advantages": batch.advantages[:1], "sequence_ids": [5]}
+        with oisd.step(**counts, **step):
             with oisd.microbatch(model.chunk, **fields):
-                model.forward(batch.tokens[:1])
-            return oisd._chunks[0].waiting[0].sample.position.tolist()
-        raise AssertionError
+                output = model.forward(batch.tokens[:1])
+            positions = oisd._chunks[0].waiting[0].sample.position.tolist()
+            output.sum().backward()
+        oisd.reduce_head_gradients()
+        return positions
 
     oisd = model.attach(config)
     counted = [queries(oisd) for _ in range(4)]
@@ -789,7 +793,15 @@ def _fewer(mask: Tensor) -> Tensor:
     return mask
 
 
-@pytest.mark.parametrize("what", ["fewer on the last", "fewer on the first", "other positions", "other advantages"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "fewer on the last",
+        "fewer on the first",
+        "other positions",
+        "other advantages",
+    ],
+)
 def test_stages_that_disagree_about_a_microbatch_say_so(batch, what):
     masks, advantages = [batch.mask, batch.mask], [batch.advantages, batch.advantages]
     if what == "fewer on the last":
@@ -815,12 +827,17 @@ def _fail_under_way(batch: Batch, sent: bool) -> Gradients:
         oisd = model.attach()
         if model.bare.post_process:
             model.bare.set_input_tensor(torch.ones(batch.tokens.shape[1], 1, model.config.hidden_size))
-        with pytest.raises(FloatingPointError), oisd.step(num_microbatches=1, num_sequences=1, num_tokens=9):
-            with oisd.microbatch(model.chunk, loss_mask=batch.mask[:1], advantages=batch.advantages[:1]):
-                model.forward(batch.tokens[:1])
-                if not sent:
-                    raise FloatingPointError
-            raise FloatingPointError
+
+        def failing_step() -> None:
+            with oisd.step(num_microbatches=1, num_sequences=1, num_tokens=9):
+                with oisd.microbatch(model.chunk, loss_mask=batch.mask[:1], advantages=batch.advantages[:1]):
+                    model.forward(batch.tokens[:1])
+                    if not sent:
+                        raise FloatingPointError
+                raise FloatingPointError
+
+        with pytest.raises(FloatingPointError):
+            failing_step()
         dist.barrier()
         model.train(oisd, batch)
         return _exported(model)
