@@ -101,6 +101,10 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3ForCausalLM(config)
+        # HF zeroes the padding token's row. A policy that samples the token then meets RMSNorm of a zero vector, whose
+        # gradient is a thousand times everything else.
+        with torch.no_grad():
+            model.get_input_embeddings().weight[tokenizer.pad_token_id].normal_(std=config.initializer_range)
     model.generation_config = GenerationConfig(
         do_sample=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )

@@ -14,14 +14,34 @@ a shard's own partial sum gives the right loss and a wrong gradient. Shape legen
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_oisd.losses.numerics import Group, all_reduce_sum_, log_sum_exp, upcast
+from megatron_oisd.losses import js_eager
+from megatron_oisd.losses.js_topk import TopKTeacher, topk_rows_
+from megatron_oisd.losses.numerics import Group, all_reduce_sum_, combine_log_sum_exp, group_size, upcast
+
+
+@dataclass(frozen=True)
+class HiddenTeacher:
+    """The teacher as final hidden states; its logits are recomputed with the student's head, which is exact."""
+
+    hidden: Tensor
+    """``[N, h]`` after the final norm."""
+
+
+@dataclass(frozen=True)
+class LogitsTeacher:
+    """The teacher as its logits."""
+
+    logits: Tensor
+    """``[N, v]`` this rank's vocabulary shard."""
+
+
+Teacher = HiddenTeacher | LogitsTeacher | TopKTeacher
 
 
 def vocab_parallel_js(
@@ -59,40 +79,27 @@ class _VocabParallelJS(torch.autograd.Function):
     def forward(
         ctx: Any, student: Tensor, teacher: Tensor, temperature: float, group: Group, valid_columns: int | None
     ) -> Tensor:
-        values, gradient = _rows(student, teacher, temperature, group, valid_columns, ctx.needs_input_grad[0])
-        ctx.save_for_backward(gradient)
-        ctx.dtype = student.dtype
-        return values
+        columns = student.shape[-1] if valid_columns is None else valid_columns
+        options = {"columns": columns, "temperature": temperature}
+        kernels = row_kernels(student)
+        lse = combine_log_sum_exp(kernels.statistics(student, teacher, **options), group)
+        kl = all_reduce_sum_(kernels.divergences(student, teacher, lse, **options), group)
+        ctx.save_for_backward(student, teacher, lse, kl)
+        ctx.kernels, ctx.options = kernels, options
+        return kl.sum(0).mul_(0.5).clamp_min_(0.0)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return (grad_outputs[0].unsqueeze(-1) * gradient).to(ctx.dtype), None, None, None, None
+        student, teacher, lse, kl = ctx.saved_tensors
+        gradient = ctx.kernels.gradient_(
+            student, teacher, lse, kl[0], grad_outputs[0], out=torch.empty_like(student), **ctx.options
+        )
+        return gradient, None, None, None, None
 
 
-def _rows(
-    student: Tensor, teacher: Tensor, temperature: float, group: Group, valid_columns: int | None, need_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Values ``[N]`` and, if asked for, the gradient of each row's value ``[N, v]`` (zero in padded columns)."""
-    width = student.shape[-1]
-    columns = width if valid_columns is None else valid_columns
-    logits = torch.stack([upcast(student[:, :columns]), upcast(teacher[:, :columns])]).div_(temperature)
-    log_p, log_q = logits.sub_(log_sum_exp(logits, group).unsqueeze(-1))
-    log_m = torch.logaddexp(log_p, log_q).sub_(math.log(2.0))
-    # A column without mass adds nothing; -inf minus -inf must not become NaN.
-    no_q, q = torch.isneginf(log_q), log_q.exp()
-    kl_q = torch.linalg.vecdot(q, log_q.sub_(log_m).masked_fill_(no_q, 0.0))
-    no_p, p = torch.isneginf(log_p), torch.exp(log_p, out=q)
-    p_excess = log_p.sub_(log_m).masked_fill_(no_p, 0.0)
-    kl = all_reduce_sum_(torch.stack([torch.linalg.vecdot(p, p_excess), kl_q]), group)
-    # Rounding can leave a sum just below zero where both distributions are equal.
-    values = (0.5 * (kl[0] + kl[1])).clamp_min(0.0)
-    if not need_gradient:
-        return values, None
-    gradient = p.mul_(p_excess.sub_(kl[0].unsqueeze(-1))).mul_(0.5 / temperature)
-    if columns < width:
-        gradient = torch.nn.functional.pad(gradient, (0, width - columns))
-    return values, gradient
+def row_kernels(logits: Tensor) -> Any:
+    """The implementation of the row kernels for these logits: a module with the functions of :mod:`.js_eager`."""
+    return js_eager
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,7 @@ class LensLoss:
 
 def lens_js(
     student_hidden: Tensor,
-    teacher_hidden: Tensor,
+    teacher: Teacher,
     head: Tensor,
     coefficients: Tensor,
     *,
@@ -115,45 +122,133 @@ def lens_js(
     group: Group,
     chunk_tokens: int,
     valid_columns: int | None = None,
+    first_token: int = 0,
     head_gradient: Tensor | None = None,
 ) -> LensLoss:
     """The logit-lens loss ``sum_t coefficients_t * JS(p_t, sg(q_t))`` with its gradients, chunked over tokens.
 
-    Logits exist for one chunk at a time and their gradient is consumed at once, so memory is bounded by about six
-    buffers of ``chunk_tokens * v`` numbers instead of ``N * v``. The teacher's logits are recomputed from its normed
-    hidden states with the same head: exact, and ``V / (TP * h)`` times fewer numbers to send.
+    Logits exist for one chunk at a time, their gradient is written over them and consumed at once: memory is two
+    buffers of ``chunk_tokens * v`` numbers in the inputs' dtype and a few small blocks, whatever N is. Sums and
+    exponentials are fp32 (float64 for float64 inputs).
 
     Args:
-        student_hidden: ``[N, h]`` after the final norm.
-        teacher_hidden: ``[N, h]`` after the final norm; constant.
+        student_hidden: ``[N, h]`` after the final norm; drop tokens of coefficient 0 before.
+        teacher: what is known of the teacher; constant.
         head: ``[v, h]`` this rank's rows of the unembedding.
         coefficients: ``[N]`` signed weight of each token, everything included.
         temperature: tau.
         group: tensor-parallel group.
         chunk_tokens: tokens per chunk.
         valid_columns: leading rows of ``head`` that are real vocabulary; None: all.
+        first_token: token id of this shard's first row; only a top-k teacher needs it.
         head_gradient: ``[v, h]`` buffer to which the head's gradient is added, or None where the head receives none.
 
     Returns:
         :class:`LensLoss`; the hidden gradient is complete (summed over the vocabulary shards) on every rank.
         Collectives: two for each chunk, one all-reduce of ``[N, h]`` at the end.
     """
-    values, gradients = [], []
+    columns = head.shape[0] if valid_columns is None else valid_columns
+    hidden_gradient = upcast(student_hidden).new_empty(student_hidden.shape)
+    values = hidden_gradient.new_empty(student_hidden.shape[0])
+    scale = coefficients.to(values.dtype)
     for start in range(0, student_hidden.shape[0], chunk_tokens):
-        stop = start + chunk_tokens
-        hidden = student_hidden[start:stop]
-        value, gradient = _rows(
-            hidden @ head.t(), teacher_hidden[start:stop] @ head.t(), temperature, group, valid_columns, True
-        )
-        assert gradient is not None
-        gradient.mul_(coefficients[start:stop].unsqueeze(-1))
-        gradient = gradient.to(head.dtype)
-        values.append(value)
-        gradients.append(upcast(gradient @ head))
+        chunk = slice(start, start + chunk_tokens)
+        hidden = student_hidden[chunk]
+        logits = hidden @ head.t()
+        if isinstance(teacher, TopKTeacher):
+            values[chunk] = topk_rows_(
+                logits, teacher.rows(chunk), scale[chunk], columns=columns, temperature=temperature, group=group,
+                first_token=first_token,
+            )  # fmt: skip
+        else:
+            theirs = teacher.hidden[chunk] @ head.t() if isinstance(teacher, HiddenTeacher) else teacher.logits[chunk]
+            values[chunk] = _rows_(logits, theirs, scale[chunk], columns=columns, temperature=temperature, group=group)
+        if logits.dtype == hidden_gradient.dtype:
+            torch.mm(logits, head, out=hidden_gradient[chunk])
+        else:
+            hidden_gradient[chunk] = logits @ head
         if head_gradient is not None:
-            head_gradient.add_(gradient.t() @ hidden)
-    if not values:
-        empty = upcast(student_hidden)
-        return LensLoss(empty.new_zeros(0), empty.new_zeros(0, student_hidden.shape[1]))
-    total = all_reduce_sum_(torch.cat(gradients), group)
-    return LensLoss(torch.cat(values), total.to(student_hidden.dtype))
+            _add_outer_(head_gradient, logits, hidden)
+    all_reduce_sum_(hidden_gradient, group)
+    return LensLoss(values, hidden_gradient.to(student_hidden.dtype))
+
+
+def _rows_(
+    student: Tensor, teacher: Tensor, scale: Tensor, *, columns: int, temperature: float, group: Group
+) -> Tensor:
+    """Values ``[n]``; ``scale * dJS/dz`` is written over the student's logits."""
+    kernels = row_kernels(student)
+    options: dict[str, Any] = {"columns": columns, "temperature": temperature}
+    if group_size(group) == 1:
+        return kernels.fused_(student, teacher, scale, **options)
+    lse = combine_log_sum_exp(kernels.statistics(student, teacher, **options), group)
+    kl = all_reduce_sum_(kernels.divergences(student, teacher, lse, **options), group)
+    kernels.gradient_(student, teacher, lse, kl[0], scale, **options)
+    return kl.sum(0).mul_(0.5).clamp_min_(0.0)
+
+
+_OUTER_ROWS = 16384
+
+
+def _add_outer_(total: Tensor, logits_gradient: Tensor, hidden: Tensor) -> None:
+    """``total += logits_gradient^T hidden`` without a second ``[v, h]`` buffer."""
+    if total.dtype == logits_gradient.dtype:
+        total.addmm_(logits_gradient.t(), hidden)
+        return
+    for start in range(0, total.shape[0], _OUTER_ROWS):
+        part = slice(start, start + _OUTER_ROWS)
+        total[part].add_(logits_gradient[:, part].t() @ hidden)
+
+
+def linear_js_loss(
+    student_hidden: Tensor,
+    teacher: Teacher,
+    head: Tensor,
+    weights: Tensor,
+    *,
+    temperature: float = 1.0,
+    group: Group = None,
+    chunk_tokens: int = 256,
+    valid_columns: int | None = None,
+    first_token: int = 0,
+) -> Tensor:
+    """``sum_t weights_t * JS(p_t, sg(q_t))`` as an ordinary differentiable scalar, for use outside Megatron.
+
+    The gradients of ``student_hidden`` and, where it requires one, ``head`` are made in the forward pass, chunk by
+    chunk (see :func:`lens_js` for arguments, memory and collectives); backward multiplies them by the arriving
+    gradient. Nothing else is differentiable.
+    """
+    return _LinearJS.apply(
+        student_hidden, head, teacher, weights, temperature, group, chunk_tokens, valid_columns, first_token
+    )
+
+
+class _LinearJS(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        teacher: Teacher,
+        weights: Tensor,
+        temperature: float,
+        group: Group,
+        chunk_tokens: int,
+        valid_columns: int | None,
+        first_token: int,
+    ) -> Tensor:
+        head_gradient = upcast(head.new_empty(0)).new_zeros(head.shape) if ctx.needs_input_grad[1] else None
+        loss = lens_js(
+            hidden, teacher, head, weights, temperature=temperature, group=group, chunk_tokens=chunk_tokens,
+            valid_columns=valid_columns, first_token=first_token, head_gradient=head_gradient,
+        )  # fmt: skip
+        ctx.save_for_backward(loss.hidden_gradient, head_gradient)
+        ctx.head_dtype = head.dtype
+        return (weights.to(loss.values.dtype) * loss.values).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, head = ctx.saved_tensors
+        factor = grad_outputs[0]
+        head = None if head is None else (head * factor).to(ctx.head_dtype)
+        return (hidden * factor).to(hidden.dtype), head, *[None] * 7

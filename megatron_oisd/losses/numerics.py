@@ -44,12 +44,22 @@ def log_sum_exp(parts: Tensor, group: Group) -> Tensor:
     else:
         shift = parts.new_full(parts.shape[:-1], -torch.inf)
         total = parts.new_zeros(parts.shape[:-1])
+    return combine_log_sum_exp(torch.stack([shift, total]), group)
+
+
+def combine_log_sum_exp(statistics: Tensor, group: Group) -> Tensor:
+    """Log-sum-exp over shards from each shard's ``[2, ...]``: maximum and sum of ``exp(logit - maximum)``.
+
+    Returns:
+        ``[...]``, identical on every rank. Collectives: one all-gather of ``statistics``; not differentiable.
+    """
     if group_size(group) == 1:
-        return shift + total.log()
-    local = torch.stack([shift, total])
-    gathered = [torch.empty_like(local) for _ in range(group_size(group))]
-    dist.all_gather(gathered, local, group=group)
+        shift, total = statistics
+        return torch.where(torch.isneginf(shift), 0.0, shift) + total.log()
+    gathered = [torch.empty_like(statistics) for _ in range(group_size(group))]
+    dist.all_gather(gathered, statistics.contiguous(), group=group)
     shifts = torch.stack([part[0] for part in gathered])
     totals = torch.stack([part[1] for part in gathered])
     top = shifts.amax(0)
+    top = torch.where(torch.isneginf(top), 0.0, top)
     return top + (totals * (shifts - top).exp()).sum(0).log()

@@ -17,12 +17,8 @@ log(oisd.metrics())
 
 from __future__ import annotations
 
-import math
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -31,27 +27,15 @@ from torch import Tensor, nn
 
 from megatron_oisd.config import OISDConfig
 from megatron_oisd.errors import OISDError
-from megatron_oisd.losses.attention import attention_js, sampled_scores
-from megatron_oisd.losses.js import lens_js
-from megatron_oisd.losses.numerics import Group, all_reduce_sum_, group_size, upcast
-from megatron_oisd.pipeline.channel import Channel, Part, open_channels
+from megatron_oisd.losses.numerics import Group, group_size
+from megatron_oisd.pipeline.channel import Channel, open_channels
 from megatron_oisd.pipeline.checks import check_model_config
-from megatron_oisd.pipeline.inject import AttentionTap, HiddenTap
+from megatron_oisd.pipeline.exchange import TeacherExchange
 from megatron_oisd.pipeline.lens import Lens, output_weight
 from megatron_oisd.pipeline.metrics import Metrics
-from megatron_oisd.pipeline.microbatch import Microbatch, StepScale, make_microbatch
+from megatron_oisd.pipeline.microbatch import StepScale, make_microbatch
 from megatron_oisd.pipeline.placement import find_placement, unwrap
-
-
-@dataclass
-class _Chunk:
-    """One model chunk of this rank and the microbatches between its forward and its backward."""
-
-    model: Any
-    students: list[int]
-    current: Microbatch | None = None
-    waiting: deque[Microbatch] = field(default_factory=deque)
-    forwarded: int = 0
+from megatron_oisd.pipeline.taps import Chunk, Taps
 
 
 class OISD:
@@ -100,17 +84,16 @@ class OISD:
         self._student_stages = sorted({self._placement.stage_of[layer] for layer in config.layers})
         self._has_student = stage in self._student_stages
         self._chunks = [
-            _Chunk(model, [n for n in (layer.layer_number for layer in model.decoder.layers) if n in config.layers])
+            Chunk(model, [n for n in (layer.layer_number for layer in model.decoder.layers) if n in config.layers])
             for model in models
         ]
         self._device = next(iter(models[0].parameters())).device
         self._step_number = -1
         self._scale: StepScale | None = None
-        self._teachers: dict[int, list[Tensor]] = {}
-        self._needed: dict[int, int] = {}
         self._fresh = False
-        self._hooks: list[Any] = []
         self._attached = False
+        self._taps: Taps | None = None
+        self._exchange: TeacherExchange | None = None
         self._finalize: Any = None
         self._original_finalize: Any = None
         self._channels: dict[int, Channel] = {}
@@ -127,13 +110,29 @@ class OISD:
                 student_stages=self._student_stages,
                 device=self._device,
             )
+        valid_columns: int | None = None
         if config.lambda_think > 0 and (self._has_student or self._is_last):
             self._lens = Lens(models, is_owner=self._is_last, tp_group=tp_group)
-            self._valid_columns = self._count_valid_columns(vocab_size)
+            valid_columns = self._count_valid_columns(vocab_size)
         self._remote_heads = self._find_remote_heads(models)
-        self._hook_students()
-        if self._is_last:
-            self._hook_teacher()
+        self._exchange = TeacherExchange(
+            config,
+            self._model_config,
+            tp_group=tp_group,
+            channels=self._channels,
+            is_last=self._is_last,
+            has_student=self._has_student,
+        )
+        self._taps = Taps(
+            config,
+            self._model_config,
+            self._chunks,
+            lens=self._lens,
+            valid_columns=valid_columns,
+            exchange=self._exchange,
+            metrics=self._metrics,
+            tp_group=tp_group,
+        )
         self._attached = True
         self._wrap_finalize()
         self.sync()
@@ -190,7 +189,8 @@ class OISD:
         finished, metrics = False, self._metrics.snapshot()
         try:
             yield
-            self._check_nothing_is_left()
+            assert self._taps is not None
+            self._taps.check_nothing_is_left()
             for channel in self._channels.values():
                 channel.finish()
             finished = True
@@ -226,6 +226,7 @@ class OISD:
         if not self.config.enabled or self._scale is None or not torch.is_grad_enabled() or not model.training:
             yield
             return
+        assert self._exchange is not None
         chunk = self._find_chunk(model)
         if not chunk.students and not chunk.model.post_process:
             yield
@@ -247,14 +248,14 @@ class OISD:
                 entry.pending.add(("attn", layer))
         if entry.pending:
             chunk.waiting.append(entry)
-            self._expect_teacher(entry)
+            self._exchange.expect(entry)
         chunk.current = entry
         try:
             yield
         finally:
             chunk.current = None
         if chunk.model.post_process:
-            self._hand_over(entry)
+            self._exchange.hand_over(entry)
 
     def sync(self) -> None:
         """Refresh the lens replicas from the last stage; after every optimizer step and after loading weights.
@@ -286,9 +287,8 @@ class OISD:
 
     def detach(self) -> None:
         """Remove every hook and give back what was wrapped; safe to call twice."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        if self._taps is not None:
+            self._taps.remove()
         # Somebody who wrapped it after us keeps their wrapper; ours inside it then only passes on.
         if self._finalize is not None and self._model_config.finalize_model_grads_func is self._finalize:
             self._model_config.finalize_model_grads_func = self._original_finalize
@@ -318,35 +318,6 @@ class OISD:
             dist.all_gather_object(gathered, missing, group=self.pp_group)
         return dict(enumerate(gathered))
 
-    def _hook_students(self) -> None:
-        for chunk in self._chunks:
-            for layer in chunk.model.decoder.layers:
-                if layer.layer_number not in chunk.students:
-                    continue
-                if self.config.lambda_think > 0:
-                    self._hooks.append(
-                        layer.register_forward_hook(partial(self._after_student, chunk, layer.layer_number))
-                    )
-                if self.config.lambda_attn > 0:
-                    self._hooks.append(
-                        layer.self_attention.core_attention.register_forward_hook(
-                            partial(self._after_student_attention, chunk, layer.layer_number), with_kwargs=True
-                        )
-                    )
-
-    def _hook_teacher(self) -> None:
-        chunk = next(chunk for chunk in self._chunks if chunk.model.post_process)
-        if self.config.lambda_think > 0:
-            norm = chunk.model.decoder.final_layernorm
-            self._hooks.append(norm.register_forward_hook(partial(self._after_final_norm, chunk)))
-        if self.config.lambda_attn > 0:
-            layer = chunk.model.decoder.layers[-1]
-            self._hooks.append(
-                layer.self_attention.core_attention.register_forward_hook(
-                    partial(self._after_teacher_attention, chunk), with_kwargs=True
-                )
-            )
-
     def _wrap_finalize(self) -> None:
         """Put :meth:`reduce_head_gradients` before Megatron's reduction; again at each step, as loops set it late."""
         original = self._model_config.finalize_model_grads_func
@@ -369,248 +340,18 @@ class OISD:
 
     # ------------------------------------------------------------------------------------------- forward
 
-    def _find_chunk(self, model: nn.Module) -> _Chunk:
+    def _find_chunk(self, model: nn.Module) -> Chunk:
         inner = unwrap(model)
         for chunk in self._chunks:
             if chunk.model is inner:
                 return chunk
         raise OISDError("microbatch() was given a model that OISD is not attached to: pass the schedule's own chunk")
 
-    def _binding(self, chunk: _Chunk, tap: tuple[str, int]) -> Microbatch | None:
-        """The microbatch that the layer is running for, or None where this run is not to be tapped."""
-        if not torch.is_grad_enabled():
-            return None
-        if chunk.current is not None:
-            return chunk.current
-        if torch._C._current_graph_task_id() == -1:
-            return None
-        # Recomputation inside backward: microbatches come back in the order they went, so it is the oldest pending.
-        return next((entry for entry in chunk.waiting if tap in entry.pending), None)
-
-    def _after_student(self, chunk: _Chunk, layer: int, module: nn.Module, args: Any, output: Any) -> Any:
-        entry = self._binding(chunk, ("think", layer))
-        if entry is None:
-            return None
-        hidden = output[0] if isinstance(output, tuple) else output
-        rows, slots = self._local_rows(entry, hidden)
-        saved = hidden.detach().flatten(0, 1)[rows]
-        tapped = HiddenTap.apply(hidden, saved, partial(self._add_think, chunk, layer, entry, rows, slots))
-        return (tapped, *output[1:]) if isinstance(output, tuple) else tapped
-
-    def _after_student_attention(
-        self, chunk: _Chunk, layer: int, module: Any, args: Any, kwargs: Any, output: Tensor
-    ) -> Any:
-        entry = self._binding(chunk, ("attn", layer))
-        if entry is None:
-            return None
-        query, key = _query_and_key(args, kwargs)
-        _check_shape(entry, *query.shape[:2])
-        return AttentionTap.apply(output, query, key, partial(self._attn_gradients, chunk, layer, entry, module))
-
-    def _after_final_norm(self, chunk: _Chunk, module: nn.Module, args: Any, output: Tensor) -> None:
-        entry = chunk.current
-        if entry is not None:
-            rows, slots = self._local_rows(entry, output)
-            entry.teacher_hidden = self._gather_rows(output.detach().flatten(0, 1)[rows], entry, slots)
-
-    def _after_teacher_attention(self, chunk: _Chunk, module: Any, args: Any, kwargs: Any, output: Tensor) -> None:
-        entry = chunk.current
-        if entry is not None:
-            assert entry.sample is not None
-            query, key = _query_and_key(args, kwargs)
-            _check_shape(entry, *query.shape[:2])
-            scores = sampled_scores(query.detach(), key.detach(), entry.sample, scale=_softmax_scale(module, query))
-            entry.teacher_scores = scores.log_softmax(-1)
-
-    def _local_rows(self, entry: Microbatch, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Rows of the computed tokens in this rank's ``[s * b]`` hidden states, and where they stand among all N.
-
-        Under sequence parallelism a rank holds ``s / TP`` positions; None means that it holds them all.
-        """
-        shards = group_size(self.tp_group) if self._model_config.sequence_parallel else 1
-        _check_shape(entry, hidden.shape[0] * shards, hidden.shape[1])
-        if shards == 1:
-            return entry.tokens, None
-        assert self.tp_group is not None
-        size = entry.shape[0] * entry.shape[1] // self.tp_group.size()
-        first = size * self.tp_group.rank()
-        slots = ((entry.tokens >= first) & (entry.tokens < first + size)).nonzero().flatten()
-        return entry.tokens[slots] - first, slots
-
-    def _gather_rows(self, local: Tensor, entry: Microbatch, slots: Tensor | None) -> Tensor:
-        """Bring all N selected rows together from the sequence-parallel shards; one all-reduce."""
-        if slots is None:
-            return local
-        rows = local.new_zeros(len(entry.tokens), local.shape[-1])
-        rows[slots] = local
-        return all_reduce_sum_(rows, self.tp_group)
-
-    # ------------------------------------------------------------------------------------------- teacher transport
-
-    def _parts(self, entry: Microbatch) -> list[Part]:
-        """What a teacher message holds; derived from the microbatch on both ends."""
-        parts = []
-        if self.config.lambda_attn > 0:
-            assert entry.sample is not None
-            queries, keys = entry.sample.keys.shape
-            heads = self._model_config.num_attention_heads // group_size(self.tp_group)
-            dtype = torch.float64 if self._model_config.params_dtype == torch.float64 else torch.float32
-            parts.append(Part((queries, heads, keys), dtype))
-        if self.config.lambda_think > 0:
-            parts.append(Part((len(entry.tokens), self._model_config.hidden_size), self._model_config.params_dtype))
-        return parts
-
-    def _expect_teacher(self, entry: Microbatch) -> None:
-        """Post the receive once for each microbatch; chunks of one rank share the message."""
-        first = entry.index not in self._needed
-        self._needed[entry.index] = self._needed.get(entry.index, 0) + 1
-        if first and not self._is_last:
-            next(iter(self._channels.values())).expect(entry.index, self._parts(entry), entry.fingerprint)
-
-    def _hand_over(self, entry: Microbatch) -> None:
-        """End of the last stage's forward: keep the teacher for students here, send it to those elsewhere."""
-        pieces = []
-        if self.config.lambda_attn > 0:
-            pieces.append(entry.teacher_scores)
-        if self.config.lambda_think > 0:
-            pieces.append(entry.teacher_hidden)
-        tensors = [piece for piece in pieces if piece is not None]
-        if len(tensors) < len(pieces):
-            raise OISDError(
-                "the last stage ran inside OISD.microbatch() but the teacher's hooks did not fire: the final norm or "
-                "the last layer's core_attention was bypassed (CUDA graphs or a fused schedule?); turn that option off"
-            )
-        entry.teacher_hidden = entry.teacher_scores = None
-        for channel in self._channels.values():
-            channel.send(entry.index, tensors, entry.fingerprint)
-        if self._has_student:
-            self._teachers[entry.index] = tensors
-
-    def _teacher(self, entry: Microbatch) -> tuple[Tensor | None, Tensor | None]:
-        """(attention log-probabilities, normed hidden states) of the last layer for this microbatch."""
-        if self._is_last:
-            tensors = list(self._teachers[entry.index])
-        else:
-            tensors = list(next(iter(self._channels.values())).receive(entry.index))
-        scores = tensors.pop(0) if self.config.lambda_attn > 0 else None
-        return scores, tensors.pop(0) if tensors else None
-
-    def _done(self, chunk: _Chunk, entry: Microbatch, tap: tuple[str, int]) -> None:
-        entry.pending.discard(tap)
-        if entry.pending:
-            return
-        chunk.waiting.remove(entry)
-        self._needed[entry.index] -= 1
-        if self._needed[entry.index] == 0:
-            self._teachers.pop(entry.index, None)
-            for channel in self._channels.values():
-                channel.forget(entry.index)
-
-    # ------------------------------------------------------------------------------------------- backward
-
-    def _loss_scale(self) -> Tensor | float:
-        """fp16's gradient scale, which the upstream gradients carry already."""
-        scale = self._model_config.grad_scale_func
-        return 1.0 if scale is None else scale(torch.ones((), device=self._device))
-
-    def _add_think(
-        self, chunk: _Chunk, layer: int, entry: Microbatch, rows: Tensor, slots: Tensor | None, upstream: Tensor,
-        saved: Tensor,
-    ) -> Tensor:  # fmt: skip
-        """Gradient of lambda * L_think with respect to the student's residual stream, added to ``upstream``."""
-        assert self._lens is not None
-        config, lens = self.config, self._lens
-        _, teacher = self._teacher(entry)
-        assert teacher is not None
-        with torch.enable_grad():
-            hidden = self._gather_rows(saved, entry, slots).detach().requires_grad_()
-            normed = lens.norm(hidden)
-        loss = lens_js(
-            normed.detach(), teacher, lens.head.detach(),
-            entry.coefficients * (config.lambda_think / len(config.layers) * self._loss_scale()),
-            temperature=config.temperature, group=self.tp_group, chunk_tokens=config.chunk_tokens,
-            valid_columns=self._valid_columns,
-            head_gradient=lens.head_gradient_buffer() if config.head_gradient else None,
-        )  # fmt: skip
-        parameters = [p for p in lens.norm_parameters if p.requires_grad] if config.head_gradient else []
-        gradients = torch.autograd.grad(normed, [hidden, *parameters], loss.hidden_gradient)
-        if parameters:
-            lens.add_norm_gradients(list(gradients[1:]))
-        local = gradients[0] if slots is None else gradients[0][slots]
-        total = upstream.clone()
-        total.view(-1, total.shape[-1]).index_add_(0, rows, local.to(total.dtype))
-        signed = entry.coefficients * entry.metric_factor
-        self._metrics.add("think", layer, loss.values, signed, entry.shares, entry.metric_count)
-        self._done(chunk, entry, ("think", layer))
-        return total
-
-    def _attn_gradients(
-        self, chunk: _Chunk, layer: int, entry: Microbatch, module: Any, query: Tensor, key: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients of lambda * L_attn with respect to the student's query and key; local to this rank's heads."""
-        config = self.config
-        teacher, _ = self._teacher(entry)
-        assert teacher is not None
-        assert entry.sample is not None
-        with torch.enable_grad():
-            query_leaf, key_leaf = query.detach().requires_grad_(), key.detach().requires_grad_()
-            scores = sampled_scores(query_leaf, key_leaf, entry.sample, scale=_softmax_scale(module, query))
-            divergence = attention_js(scores, teacher)
-            values = divergence.sum(1) / self._model_config.num_attention_heads
-            scale = config.lambda_attn / len(config.layers) * self._loss_scale()
-            loss = (upcast(values) * entry.attn_coefficients).sum() * scale
-        gradients = torch.autograd.grad(loss, [query_leaf, key_leaf])
-        # Metrics divide by TP what every rank counts alike; here each rank holds the share of its own heads.
-        whole = values.detach() * group_size(self.tp_group)
-        signed = entry.attn_coefficients * entry.metric_factor
-        self._metrics.add("attn", layer, whole, signed, entry.attn_shares, entry.metric_count)
-        self._done(chunk, entry, ("attn", layer))
-        return gradients[0], gradients[1]
-
     # ------------------------------------------------------------------------------------------- end of a step
-
-    def _check_nothing_is_left(self) -> None:
-        left = [
-            f"microbatch {entry.index} (" + ", ".join(f"{kind} of layer {n}" for kind, n in sorted(entry.pending)) + ")"
-            for chunk in self._chunks
-            for entry in chunk.waiting
-        ]
-        if left:
-            raise OISDError(
-                f"the step ended before OISD's gradients were injected for {'; '.join(left)}: every microbatch that "
-                "goes forward with gradients inside microbatch() must also go backward"
-            )
 
     def _forget_step(self) -> None:
         for chunk in self._chunks:
             chunk.waiting.clear()
             chunk.current, chunk.forwarded = None, 0
-        self._teachers.clear()
-        self._needed.clear()
-        for channel in self._channels.values():
-            channel.clear()
-
-
-def _check_shape(entry: Microbatch, length: int, rows: int) -> None:
-    if entry.shape != (length, rows):
-        raise OISDError(
-            f"loss_mask has shape {[entry.shape[1], entry.shape[0]]} but the model ran on tokens of shape "
-            f"{[rows, length]}: pass the mask of this microbatch's own tokens"
-        )
-
-
-def _query_and_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    if kwargs.get("packed_seq_params") is not None:
-        raise OISDError(
-            "packed sequences (packed_seq_params) are not supported with lambda_attn > 0: run unpacked microbatches or "
-            "set lambda_attn=0"
-        )
-    query = args[0] if args else kwargs["query"]
-    key = args[1] if len(args) > 1 else kwargs["key"]
-    return query, key
-
-
-def _softmax_scale(module: Any, query: Tensor) -> float:
-    """The scale that this core attention applies to q k^T."""
-    scale = getattr(module, "softmax_scale", None) or module.config.softmax_scale
-    return 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+        if self._exchange is not None:
+            self._exchange.clear()

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_oisd.losses.js import lens_js, vocab_parallel_js
+from megatron_oisd.losses.js import HiddenTeacher, lens_js, vocab_parallel_js
 from megatron_oisd.losses.reference import jensen_shannon
 from tests.helpers.ranks import run_ranks
 
@@ -92,7 +92,7 @@ def _sharded(vocabulary, valid):
     coefficients = torch.linspace(-1, 1, 9, dtype=torch.float64)
     head_gradient = torch.zeros(width, 5, dtype=torch.float64)
     loss = lens_js(
-        hidden, hidden_teacher, head[part], coefficients, temperature=0.8, group=group, chunk_tokens=4,
+        hidden, HiddenTeacher(hidden_teacher), head[part], coefficients, temperature=0.8, group=group, chunk_tokens=4,
         valid_columns=columns, head_gradient=head_gradient,
     )  # fmt: skip
     distributed.shutdown()
@@ -124,9 +124,7 @@ def test_shards_give_the_whole_vocabularys_values_and_gradients(world, valid):
 
 
 def test_no_tokens_is_no_loss():
-    loss = lens_js(
-        torch.zeros(0, 5), torch.zeros(0, 5), torch.zeros(7, 5), torch.zeros(0), temperature=1.0, group=None,
-        chunk_tokens=4,
-    )  # fmt: skip
+    nothing, head = torch.zeros(0, 5), torch.zeros(7, 5)
+    loss = lens_js(nothing, HiddenTeacher(nothing), head, torch.zeros(0), temperature=1.0, group=None, chunk_tokens=4)
     assert loss.values.shape == (0,)
     assert loss.hidden_gradient.shape == (0, 5)

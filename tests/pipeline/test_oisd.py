@@ -125,7 +125,7 @@ def differing(gradients: Gradients, expected: Gradients) -> list[str]:
 
 def held(oisd: OISD) -> list[Any]:
     """What an instance holds of microbatches; empty between steps."""
-    left: list[Any] = [*oisd._teachers, *oisd._needed]
+    left: list[Any] = [*(oisd._exchange.held if oisd._exchange else [])]
     for chunk in oisd._chunks:
         left += [
             *chunk.waiting,
