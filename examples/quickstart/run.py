@@ -24,6 +24,8 @@ import time
 from pathlib import Path
 
 from megatron_oisd.errors import OISDError, command_line
+from megatron_oisd.rl.config import parse_arguments
+from megatron_oisd.runtime.distributed import check_world_size
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "quickstart"
@@ -102,11 +104,17 @@ def main(argv: list[str] | None = None) -> None:
 
     start = time.monotonic()
     out: Path = arguments.output
+    recipe = [part for pair in (RECIPE | (SMOKE if arguments.smoke else {})).items() for part in pair]
+    training = [
+        "--load", str(out / "mcore"), "--data", str(out / "data/train.jsonl"), "--output", str(out / "train"),
+        "--seed", str(arguments.seed), *recipe, *further,
+    ]  # fmt: skip
+    config, _ = parse_arguments(training)  # a wrong flag is reported now, not after the stages before training
+    check_world_size(arguments.ranks, config.tp, config.pp)
     free_directory(out)
     out.mkdir(parents=True)
     python, seed = sys.executable, str(arguments.seed)
     threads = str(max(1, min(2, os.cpu_count() or 1)))
-    recipe = [part for pair in (RECIPE | (SMOKE if arguments.smoke else {})).items() for part in pair]
     samples, limit = ("2", "8") if arguments.smoke else (str(arguments.eval_samples), "128")
 
     def evaluate(model: Path, label: str) -> None:
@@ -136,8 +144,7 @@ def main(argv: list[str] | None = None) -> None:
         "train with GRPO + OISD",
         [
             python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={arguments.ranks}",
-            str(TOOLS / "train_rl.py"), "--load", str(out / "mcore"), "--data", str(out / "data/train.jsonl"),
-            "--output", str(out / "train"), "--seed", seed, *recipe, *further,
+            str(TOOLS / "train_rl.py"), *training,
         ],
     )  # fmt: skip
     stage(
