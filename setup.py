@@ -9,7 +9,7 @@ EXTRAS = {
     "rl": ["math-verify[antlr4_13_2]>=0.8", "pyarrow>=15", "tensorboard>=2.15", "matplotlib>=3.8", "tqdm>=4.66"],
     # HF checkpoints in and out, the embedded rollout engine.
     "hf": ["transformers>=4.56", "tokenizers>=0.20", "jinja2>=3.1"],
-    "test": ["pytest>=8", "hypothesis>=6.100"],
+    "test": ["pytest>=8", "hypothesis>=6.100", "triton>=3.1; sys_platform == 'linux'"],
     "lint": ["ruff>=0.8", "mypy>=1.13", "types-PyYAML", "types-tqdm"],
 }
 EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})

@@ -14,8 +14,12 @@ a shard's own partial sum gives the right loss and a wrong gradient. Shape legen
 
 from __future__ import annotations
 
+import functools
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -97,9 +101,65 @@ class _VocabParallelJS(torch.autograd.Function):
         return gradient, None, None, None, None
 
 
+_kernels = "auto"
+
+
+@contextmanager
+def use_kernels(name: Literal["auto", "eager", "triton"]) -> Iterator[None]:
+    """Within it, take these row kernels (:func:`row_kernels`) in the whole process, autograd's threads included.
+
+    For tests and benchmarks; ``auto`` is what holds elsewhere. ``triton`` on CPU needs Triton's interpreter, that is
+    TRITON_INTERPRET=1 in the environment before triton is first imported, and raises without it.
+    """
+    global _kernels
+    if name not in ("auto", "eager", "triton"):
+        raise ValueError(f'kernels are {name!r}: expected "auto", "eager" or "triton"')
+    before, _kernels = _kernels, name
+    try:
+        yield
+    finally:
+        _kernels = before
+
+
 def row_kernels(logits: Tensor) -> Any:
-    """The implementation of the row kernels for these logits: a module with the functions of :mod:`.js_eager`."""
+    """The implementation of the row kernels for these logits: a module with the functions of :mod:`.js_eager`.
+
+    Triton's for bf16, fp16 and fp32 on a GPU that it compiles for, else the eager ones. One warning tells where a GPU
+    takes the eager ones for want of something. :func:`use_kernels` overrides.
+    """
+    if _kernels == "eager" or logits.dtype == torch.float64 or not (logits.is_cuda or _kernels == "triton"):
+        return js_eager
+    module, missing = _triton_kernels(logits.device)
+    if missing is None:
+        return module
+    if _kernels == "triton":
+        raise RuntimeError(f"the Triton kernels were asked for, but {missing}")
+    _warn_once(
+        f"the logit-lens loss takes its eager kernels on {logits.device}: {missing}. The results are the same, but the "
+        "loss moves about ten times as much memory for every chunk of logits and needs fp32 blocks of working memory"
+    )
     return js_eager
+
+
+@functools.cache
+def _triton_kernels(device: torch.device) -> tuple[Any, str | None]:
+    """(the module of the Triton kernels, None), or (None, what is missing and how to mend it)."""
+    try:
+        from megatron_oisd.losses import js_triton
+    except Exception as error:  # A broken installation raises whatever it likes.
+        return None, f"importing triton failed ({type(error).__name__}: {error}); `pip install 'triton>=3.1'` mends it"
+    if js_triton.INTERPRETED:
+        return js_triton, None
+    if device.type != "cuda":
+        return None, f"on {device} they run in Triton's interpreter only: set TRITON_INTERPRET=1 before starting Python"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return None, "the GPU is older than compute capability 8.0 (Ampere); a newer one is the only remedy"
+    return js_triton, None
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
 
 
 @dataclass(frozen=True)
