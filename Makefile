@@ -6,7 +6,7 @@ ARGS ?=
 
 .PHONY: quickstart test lint types install clean
 
-quickstart: install
+quickstart: $(VENV)/.installed-run
 	$(BIN)/python examples/quickstart/run.py $(ARGS)
 
 test: install
@@ -19,14 +19,15 @@ lint: install
 types: install
 	$(BIN)/mypy
 
-install: $(VENV)/.installed
+install: $(VENV)/.installed-dev
 
-$(VENV)/.installed: setup.py pyproject.toml requirements/constraints.txt
+# What runs needs no test tools; constraints keep both to the versions that were tested.
+$(VENV)/.installed-%: setup.py pyproject.toml requirements/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": set PYTHON=python3.11")'
-	$(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c requirements/constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c requirements/constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -c requirements/constraints.txt -e '.[$*]'
 	@touch $@
 
 clean:

@@ -12,6 +12,7 @@ EXTRAS = {
     "test": ["pytest>=8", "hypothesis>=6.100", "triton>=3.1; sys_platform == 'linux'"],
     "lint": ["ruff>=0.8", "mypy>=1.13", "types-PyYAML", "types-tqdm"],
 }
+EXTRAS["run"] = EXTRAS["rl"] + EXTRAS["hf"]
 EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 
 setup(
