@@ -10,10 +10,12 @@ EXTRAS = {
     # HF checkpoints in and out, the embedded rollout engine.
     "hf": ["transformers>=4.56", "tokenizers>=0.20", "jinja2>=3.1"],
     "test": ["pytest>=8", "hypothesis>=6.100", "triton>=3.1; sys_platform == 'linux'"],
+    # What the losses are compared with, in tests (skipped where absent) and benchmarks.
+    "bench": ["liger-kernel>=0.8", "trl>=1.16", "accelerate", "datasets"],
     "lint": ["ruff>=0.8", "mypy>=1.13", "types-PyYAML", "types-tqdm"],
 }
 EXTRAS["run"] = EXTRAS["rl"] + EXTRAS["hf"]
-EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
+EXTRAS["dev"] = sorted({requirement for name, extra in EXTRAS.items() if name != "bench" for requirement in extra})
 
 setup(
     name="megatron_oisd",

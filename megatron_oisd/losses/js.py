@@ -247,7 +247,7 @@ def _rows_(
     return kl.sum(0).mul_(0.5).clamp_min_(0.0)
 
 
-_OUTER_ROWS = 16384
+_OUTER_ROWS = 4096
 
 
 def _add_outer_(total: Tensor, logits_gradient: Tensor, hidden: Tensor) -> None:
@@ -310,5 +310,7 @@ class _LinearJS(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         hidden, head = ctx.saved_tensors
         factor = grad_outputs[0]
-        head = None if head is None else (head * factor).to(ctx.head_dtype)
+        if head is not None:
+            # Rounded on the way: no second buffer of the head's size in fp32.
+            head = torch.mul(head, factor, out=head.new_empty(head.shape, dtype=ctx.head_dtype))
         return (hidden * factor).to(hidden.dtype), head, *[None] * 7

@@ -121,8 +121,8 @@ def topk_rows_(
     own = gradient.gather(-1, index) * (ratio[:, :-1] - kl_p.unsqueeze(-1)) if columns else None
     gradient.mul_((ratio[:, -1] - kl_p).unsqueeze(-1))
     if own is not None:
-        rows = torch.arange(len(here), device=here.device).unsqueeze(-1).expand_as(here)
-        gradient[rows[here], index[here]] = own[here]
+        # As a correction, since several absent tokens share index 0 and must leave it alone.
+        gradient.scatter_add_(-1, index, torch.where(here, own - gradient.gather(-1, index), 0.0))
     student[:, :columns] = gradient.mul_(factor)
     student[:, columns:] = 0
     return (0.5 * (kl_p + kl_q)).clamp_min_(0.0)
