@@ -35,7 +35,8 @@ def _blocks(logits: Tensor, columns: int) -> Iterator[slice]:
 def _scaled(logits: Tensor, block: slice, columns: int, temperature: float) -> Tensor:
     """An fp32 (float64) copy of a block, divided by the temperature."""
     part = logits[block, :columns]
-    return upcast(part).div(temperature) if temperature != 1.0 else upcast(part).clone()
+    scaled = part.to(torch.float64 if part.dtype == torch.float64 else torch.float32, copy=True)
+    return scaled.div_(temperature) if temperature != 1.0 else scaled
 
 
 def statistics(student: Tensor, teacher: Tensor, *, columns: int, temperature: float) -> Tensor:

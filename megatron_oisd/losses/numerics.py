@@ -19,6 +19,11 @@ def group_size(group: Group) -> int:
     return 1 if group is None else group.size()
 
 
+def valid_columns(vocab_size: int, rank: int, width: int) -> int:
+    """Leading columns of a rank's vocabulary shard of ``width`` that are vocabulary and not padding; may be 0."""
+    return min(max(vocab_size - rank * width, 0), width)
+
+
 def all_reduce_sum_(tensor: Tensor, group: Group) -> Tensor:
     """Sum ``tensor`` in place over ``group``; no autograd. None is a group of one."""
     if group_size(group) > 1:

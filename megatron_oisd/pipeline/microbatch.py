@@ -32,34 +32,29 @@ class StepScale:
     num_tokens: int | None
     """Response tokens in the global batch, as the loss function reports them to Megatron; None: unknown."""
 
-    def coefficients(self, mask: Tensor, where: Tensor, aggregation: str) -> Tensor:
+    def coefficients(self, shares: Tensor, mask: Tensor, aggregation: str) -> Tensor:
         """Weight of each position before the advantage and lambda.
 
         Args:
+            shares: ``[b, s]`` from :func:`_shares`.
             mask: ``[b, s]`` bool, response positions of this microbatch.
-            where: ``[b, s]`` bool, the positions the mean is taken over (a subset for sampled queries).
             aggregation: ``"sequence"`` or ``"token"``.
 
         Returns:
-            ``[b, s]`` fp32, zero outside ``where``.
+            ``[b, s]`` fp32, zero where the shares are.
         """
-        positions = where.float()
-        per_sequence = positions.sum(1, keepdim=True).clamp_min(1.0)
-        tokens = mask.float().sum(1, keepdim=True)
-        # A sampled query stands for tokens / queries positions, so that sampling leaves a token mean unbiased.
-        token_share = positions * tokens / per_sequence
+        tokens = mask.float().sum(1)
         if aggregation == "token":
             if self.per_token_loss:
-                return token_share
+                return shares
             if self.num_tokens is not None:
-                return token_share * (self.data_parallel_size / self.num_tokens)
-            return token_share / (tokens.sum().clamp_min(1.0) * self.num_microbatches)
-        sequence_share = positions / per_sequence
+                return shares * (self.data_parallel_size / self.num_tokens)
+            return shares / (tokens.sum().clamp_min(1.0) * self.num_microbatches)
         if self.num_sequences is None:
             sequences = (tokens > 0).float().sum().clamp_min(1.0)
-            return sequence_share / (sequences * self.num_microbatches)
+            return shares / (sequences * self.num_microbatches)
         scale = (self.num_tokens or 0) if self.per_token_loss else self.data_parallel_size
-        return sequence_share * (scale / self.num_sequences)
+        return shares * (scale / self.num_sequences)
 
     def metric_scale(self, aggregation: str, tokens: int) -> tuple[float, float]:
         """(factor, count): how a microbatch's gradient coefficients become its part of the reported loss.
@@ -149,10 +144,10 @@ def make_microbatch(
         raise OISDError(f"{len(sequence_ids)} sequence_ids for {num_rows} sequences: expected one for each")
     mask = loss_mask.to("cpu") > 0
     weights = signed_weight(advantages.to("cpu", torch.float32), config.advantage_clip)
-    coefficients = scale.coefficients(mask, mask, config.aggregation) * weights
+    shares = _shares(mask, mask, config.aggregation)
+    coefficients = scale.coefficients(shares, mask, config.aggregation) * weights
     # Tokens without weight have neither loss nor gradient: they are neither computed nor sent.
     active = mask & (weights != 0)
-    shares = _shares(mask, mask, config.aggregation)
     order = active.t().reshape(-1).nonzero().flatten()
 
     def pick(values: Tensor, where: Tensor) -> Tensor:
@@ -164,8 +159,8 @@ def make_microbatch(
         chosen = sample_query_positions(
             mask, num_queries=config.attn_queries, seed=config.seed, step=step, sequence_ids=list(sequence_ids)
         )
-        attn_coefficients = scale.coefficients(mask, chosen, config.aggregation) * weights
         attn_shares = _shares(mask, chosen, config.aggregation)
+        attn_coefficients = scale.coefficients(attn_shares, mask, config.aggregation) * weights
         sample = sample_keys(chosen & active, window=config.attn_window, num_global=config.attn_global_keys)
         queries = sample.position * num_rows + sample.sequence
         sample = sample.to(device)
@@ -186,6 +181,19 @@ def make_microbatch(
 
 
 def _shares(mask: Tensor, where: Tensor, aggregation: str) -> Tensor:
-    """Share of each position in the numerator of the reported mean (over sequences or tokens): ``[b, s]``."""
-    positions = where.float() / where.float().sum(1, keepdim=True).clamp_min(1.0)
-    return positions if aggregation == "sequence" else positions * mask.float().sum(1, keepdim=True)
+    """Share of each position in the numerator of the mean over sequences or tokens.
+
+    Args:
+        mask: ``[b, s]`` bool, response positions.
+        where: ``[b, s]`` bool, the positions the mean is taken over (a subset for sampled queries).
+        aggregation: ``"sequence"`` or ``"token"``.
+
+    Returns:
+        ``[b, s]`` fp32, zero outside ``where``.
+    """
+    positions = where.float()
+    per_sequence = positions.sum(1, keepdim=True).clamp_min(1.0)
+    if aggregation == "sequence":
+        return positions / per_sequence
+    # A sampled query stands for tokens / queries positions, so that sampling leaves a token mean unbiased.
+    return positions * mask.float().sum(1, keepdim=True) / per_sequence

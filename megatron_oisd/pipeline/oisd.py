@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from megatron_oisd.config import OISDConfig
 from megatron_oisd.errors import OISDError
-from megatron_oisd.losses.numerics import Group, group_size
+from megatron_oisd.losses.numerics import Group, group_size, valid_columns
 from megatron_oisd.pipeline.channel import Channel, open_channels
 from megatron_oisd.pipeline.checks import check_model_config
 from megatron_oisd.pipeline.exchange import TeacherExchange
@@ -110,10 +110,10 @@ class OISD:
                 student_stages=self._student_stages,
                 device=self._device,
             )
-        valid_columns: int | None = None
+        columns: int | None = None
         if config.lambda_think > 0 and (self._has_student or self._is_last):
             self._lens = Lens(models, is_owner=self._is_last, tp_group=tp_group)
-            valid_columns = self._count_valid_columns(vocab_size)
+            columns = self._count_valid_columns(vocab_size)
         self._remote_heads = self._find_remote_heads(models)
         self._exchange = TeacherExchange(
             config,
@@ -128,7 +128,7 @@ class OISD:
             self._model_config,
             self._chunks,
             lens=self._lens,
-            valid_columns=valid_columns,
+            valid_columns=columns,
             exchange=self._exchange,
             metrics=self._metrics,
             tp_group=tp_group,
@@ -307,7 +307,7 @@ class OISD:
             return None
         rows = self._lens.head.shape[0]
         rank = 0 if self.tp_group is None else self.tp_group.rank()
-        return min(max(vocab_size - rank * rows, 0), rows)
+        return valid_columns(vocab_size, rank, rows)
 
     def _find_remote_heads(self, models: list[Any]) -> dict[int, bool]:
         """By student stage: whether its lens needs the unembedding sent. Gathered, since only that stage can tell."""

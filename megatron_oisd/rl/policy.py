@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_oisd.losses.grpo import TokenStatistics, policy_loss, vocab_parallel_log_probs
-from megatron_oisd.losses.numerics import Group, group_size
+from megatron_oisd.losses.numerics import Group, group_size, valid_columns
 from megatron_oisd.pipeline.oisd import OISD
 
 METRICS = ("loss", "clip_fraction", "kl", "entropy", "tokens")
@@ -193,14 +193,14 @@ class PolicyPass:
         mask = batch.mask.to(logits.device)
         targets = torch.roll(batch.tokens, -1, dims=1)
         width = logits.shape[-1]
-        first = width * (0 if self.groups.tp is None else self.groups.tp.rank())
+        rank = 0 if self.groups.tp is None else self.groups.tp.rank()
         statistics = vocab_parallel_log_probs(
             logits[mask],
             targets[mask],
             group=self.groups.tp,
             temperature=self.loss.temperature,
-            first_token=first,
-            valid_columns=min(max(self.vocab_size - first, 0), width),
+            first_token=rank * width,
+            valid_columns=valid_columns(self.vocab_size, rank, width),
         )
         return statistics, mask
 
