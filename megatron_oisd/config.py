@@ -51,9 +51,25 @@ class OISDConfig:
         default=True, metadata={"help": "let the logit-lens loss train the final norm and the unembedding as well"}
     )
     """Whether final norm and unembedding receive the lens gradient, as plain autograd would give it."""
+    teacher_payload: Literal["hidden", "logits", "topk"] = field(
+        default="hidden",
+        metadata={
+            "help": "what of the final distribution goes to the student's stage: hidden states (exact and smallest), "
+            "logits (exact), topk (lossy)",
+            "choices": ("hidden", "logits", "topk"),
+        },
+    )
+    """What the last stage hands over: final hidden states after the norm (the logits are made again from them, exact),
+    the logits of each vocabulary shard (exact, saves the student's stage one matrix product), or the ``teacher_topk``
+    most likely tokens and a tail bucket (lossy, see :mod:`megatron_oisd.losses.js_topk`)."""
+    teacher_topk: int = field(default=256, metadata={"help": "tokens of a topk teacher"})
+    """Tokens that a top-k teacher keeps; used with ``teacher_payload="topk"`` only."""
     aggregation: Literal["sequence", "token"] = field(
         default="sequence",
-        metadata={"help": "sequence: mean over rollouts of the mean over tokens; token: mean over all tokens"},
+        metadata={
+            "help": "sequence: mean over rollouts of the mean over tokens; token: mean over all tokens",
+            "choices": ("sequence", "token"),
+        },
     )
     """How per-token values become one number over the global batch."""
     seed: int = field(default=1234, metadata={"help": "seed of the sampled attention queries"})
@@ -88,12 +104,20 @@ class OISDConfig:
             raise OISDError(f"temperature is {self.temperature}: expected a finite number above 0")
         if not self.advantage_clip > 0:
             raise OISDError(f"advantage_clip is {self.advantage_clip}: expected a number above 0 (inf: no clipping)")
-        for name, least in (("attn_window", 1), ("attn_global_keys", 0), ("attn_queries", 1), ("chunk_tokens", 1)):
+        for name, least in (
+            ("attn_window", 1),
+            ("attn_global_keys", 0),
+            ("attn_queries", 1),
+            ("chunk_tokens", 1),
+            ("teacher_topk", 1),
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise OISDError(f"{name} is {value!r}: expected an integer of at least {least}")
-        if self.aggregation not in ("sequence", "token"):
-            raise OISDError(f"aggregation is {self.aggregation!r}: expected 'sequence' or 'token'")
+        for item in dataclasses.fields(self):
+            choices, value = item.metadata.get("choices"), getattr(self, item.name)
+            if choices and value not in choices:
+                raise OISDError(f"{item.name} is {value!r}: expected {' or '.join(map(repr, choices))}")
 
     def validate_layers(self, num_layers: int) -> None:
         """Raise :class:`OISDError` unless every student layer is within ``1..num_layers - 1``."""
@@ -122,8 +146,8 @@ def add_arguments(parser: argparse.ArgumentParser, *, default_layers: Sequence[i
             )  # fmt: skip
         elif isinstance(item.default, bool):
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=item.default, help=help_text)
-        elif item.name == "aggregation":
-            group.add_argument(flag, choices=("sequence", "token"), default=item.default, help=help_text)
+        elif "choices" in item.metadata:
+            group.add_argument(flag, choices=item.metadata["choices"], default=item.default, help=help_text)
         else:
             group.add_argument(flag, type=type(item.default), default=item.default, help=help_text)
 

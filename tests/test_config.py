@@ -25,6 +25,8 @@ DEFAULTS = {
     "--oisd-attn-global-keys": 32,
     "--oisd-attn-queries": 128,
     "--oisd-head-gradient": True,
+    "--oisd-teacher-payload": "hidden",
+    "--oisd-teacher-topk": 256,
     "--oisd-aggregation": "sequence",
     "--oisd-seed": 1234,
     "--oisd-chunk-tokens": 1024,
@@ -129,6 +131,7 @@ def test_every_field_goes_through_the_command_line_and_back():
     config = OISDConfig(
         layers=(6, 12), lambda_think=0.5, lambda_attn=0.25, temperature=2.0, advantage_clip=math.inf, attn_window=3,
         attn_global_keys=0, attn_queries=7, head_gradient=False, aggregation="token", seed=-5, chunk_tokens=99,
+        teacher_payload="topk", teacher_topk=17,
     )  # fmt: skip
     assert all(getattr(config, f.name) != f.default for f in dataclasses.fields(config)), "every value off its default"
     words = []

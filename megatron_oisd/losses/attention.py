@@ -351,7 +351,8 @@ def _accumulator(tensor: Tensor) -> torch.dtype:
 
 
 def _check_shapes(query: Tensor, key: Tensor) -> None:
-    fits = query.dim() == key.dim() == 4 and query.shape[:2] == key.shape[:2] and query.shape[3] == key.shape[3]
+    # Along s they may differ: a context-parallel rank has some of the queries and all of the keys.
+    fits = query.dim() == key.dim() == 4 and query.shape[1] == key.shape[1] and query.shape[3] == key.shape[3]
     if not fits or query.shape[2] % key.shape[2]:
         raise ValueError(
             f"query {list(query.shape)} and key {list(key.shape)}: expected [s, b, np, d] and [s, b, ng, d] with np a "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -29,6 +31,32 @@ def all_reduce_sum_(tensor: Tensor, group: Group) -> Tensor:
     if group_size(group) > 1:
         dist.all_reduce(tensor, group=group)
     return tensor
+
+
+def gather_rows(local: Tensor, bounds: list[int], group: Group) -> Tensor:
+    """Put rows that are shared out over ``group`` together again; no autograd.
+
+    Args:
+        local: ``[bounds[r + 1] - bounds[r], ...]`` the rows of rank r.
+        bounds: borders of the ranks' rows, ``size + 1`` of them from 0 to N.
+        group: the ranks.
+
+    Returns:
+        ``[N, ...]``, the same on every rank. Collectives: one all-gather of the largest share, none where N is 0.
+    """
+    if group_size(group) == 1 or bounds[-1] == 0:
+        return local
+    sizes = [stop - first for first, stop in pairwise(bounds)]
+    largest = max(sizes)
+    padded = local
+    if len(local) < largest:
+        padded = local.new_zeros(largest, *local.shape[1:])
+        padded[: len(local)] = local
+    everything = local.new_empty(len(sizes) * largest, *local.shape[1:])
+    dist.all_gather_into_tensor(everything, padded.contiguous(), group=group)
+    if min(sizes) == largest:
+        return everything
+    return torch.cat([part[:size] for part, size in zip(everything.split(largest), sizes, strict=True)])
 
 
 def log_sum_exp(parts: Tensor, group: Group) -> Tensor:

@@ -22,8 +22,13 @@ class HiddenTap(torch.autograd.Function):
     """Identity on a layer's output; backward hands the arriving gradient to ``add`` and returns what it makes of it."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, saved: Tensor, add: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Pass ``hidden`` through; ``saved`` is what the loss will need of it (selected rows, not the whole)."""
+    def forward(
+        ctx: Any, hidden: Tensor, saved: Tensor, add: Callable[[Tensor, Tensor], Tensor], anchor: Tensor | None
+    ) -> Tensor:
+        """Pass ``hidden`` through; ``saved`` is what the loss will need of it (selected rows, not the whole).
+
+        ``anchor`` requires a gradient where ``hidden`` does not (:func:`anchor`), so that backward comes by.
+        """
         ctx.save_for_backward(saved)
         ctx.add = add
         return _same(hidden)
@@ -32,7 +37,18 @@ class HiddenTap(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """Return upstream plus local gradient."""
         (saved,) = ctx.saved_tensors
-        return ctx.add(grad_outputs[0], saved), None, None
+        return ctx.add(grad_outputs[0], saved), None, None, None
+
+
+def anchor(*tensors: Tensor) -> Tensor | None:
+    """Something that requires a gradient, where none of ``tensors`` does: all below a tap is frozen.
+
+    Then the tap's gradient moves nothing below it, but the unembedding may be trained, the metrics are wanted and the
+    teacher under way must be received.
+    """
+    if any(tensor.requires_grad for tensor in tensors):
+        return None
+    return torch.zeros((), device=tensors[0].device, requires_grad=True)
 
 
 class AttentionTap(torch.autograd.Function):
@@ -44,7 +60,12 @@ class AttentionTap(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, query: Tensor, key: Tensor, local: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+        ctx: Any,
+        output: Tensor,
+        query: Tensor,
+        key: Tensor,
+        local: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        anchor: Tensor | None,
     ) -> Tensor:
         """Pass ``output`` through and remember query and key."""
         ctx.save_for_backward(query, key)
@@ -56,4 +77,4 @@ class AttentionTap(torch.autograd.Function):
         """Return the arriving gradient for the output and the local ones for query and key."""
         query, key = ctx.saved_tensors
         query_gradient, key_gradient = ctx.local(query, key)
-        return grad_outputs[0], query_gradient, key_gradient, None
+        return grad_outputs[0], query_gradient, key_gradient, None, None

@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_oisd.losses.numerics import Group, group_size
@@ -74,6 +73,17 @@ class Lens:
         """Parameters of the final norm or of its replica."""
         return list(self.norm.parameters())
 
+    @property
+    def owned(self) -> list[Tensor]:
+        """The model's own parameters that the lens reads on this rank and adds a gradient to."""
+        own = [] if self.replicates_head else [self.head]
+        return [*self.norm.parameters(), *own] if self.is_owner else own
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the final norm or the unembedding is trained at all (not so under a frozen trunk)."""
+        return any(parameter.requires_grad for parameter in self.owned)
+
     def head_gradient_buffer(self) -> Tensor:
         """``[v, h]`` fp32 buffer that collects the head's lens gradient during a step."""
         if self._head_gradient is None:
@@ -86,7 +96,12 @@ class Lens:
         return torch.zeros(self.head.shape, dtype=dtype, device=self.head.device)
 
     def add_norm_gradients(self, gradients: list[Tensor]) -> None:
-        """Collect the final norm's lens gradient of one microbatch, which every tensor-parallel rank has in full."""
+        """Collect the final norm's lens gradient of one microbatch, which every tensor-parallel rank has in full.
+
+        ``gradients`` are those of the parameters that are trained, in their order.
+        """
+        given = iter(gradients)
+        gradients = [next(given) if p.requires_grad else torch.zeros_like(p) for p in self.norm.parameters()]
         if self.sequence_parallel and self.tp_group is not None and self.tp_group.rank() > 0:
             # Under sequence parallelism Megatron sums the norm's gradient over the tensor-parallel ranks.
             gradients = [torch.zeros_like(gradient) for gradient in gradients]
@@ -118,7 +133,7 @@ class Lens:
             if remote_heads[stage]:
                 tensors.append(self.head.data)
             for tensor in tensors:
-                _move(tensor, channel, towards_student=True)
+                channel.move(tensor, towards_student=True)
 
     def return_gradients(self, channels: dict[int, Channel], remote_heads: dict[int, bool]) -> None:
         """Add every lens gradient of the step to the parameters that own it; before gradients are reduced over DP.
@@ -130,12 +145,12 @@ class Lens:
             if self.is_owner or norms is None:
                 norms = [torch.zeros_like(p.data) for p in self.norm.parameters()]
             for gradient, parameter in zip(norms, self.norm.parameters(), strict=True):
-                _move(gradient, channel, towards_student=False)
+                channel.move(gradient, towards_student=False)
                 if self.is_owner:
                     add_gradient(parameter, gradient)
             if remote_heads[stage]:
                 head = self._new_head_buffer() if self.is_owner else self.head_gradient_buffer()
-                _move(head, channel, towards_student=False)
+                channel.move(head, towards_student=False)
                 if self.is_owner:
                     add_gradient(self.head, head)
         if self.is_owner and self._norm_gradients is not None:
@@ -160,13 +175,3 @@ def _build_norm(model: Any, config: Any) -> nn.Module:
     )
     reference = next(iter(model.parameters()))
     return norm.to(device=reference.device, dtype=config.params_dtype)
-
-
-def _move(tensor: Tensor, channel: Channel, *, towards_student: bool) -> None:
-    sender = channel.source if towards_student else channel.target
-    receiver = channel.target if towards_student else channel.source
-    channel.check()
-    if dist.get_rank() == sender:
-        dist.send(tensor.contiguous(), receiver, group=channel.group)
-    else:
-        dist.recv(tensor, sender, group=channel.group)

@@ -28,14 +28,18 @@ from torch import Tensor, nn
 from megatron_oisd.config import OISDConfig
 from megatron_oisd.errors import OISDError
 from megatron_oisd.losses.numerics import Group, group_size, valid_columns
-from megatron_oisd.pipeline.channel import Channel, open_channels
-from megatron_oisd.pipeline.checks import check_model_config
+from megatron_oisd.pipeline.channel import Channel, Traffic, in_flight, open_channels
+from megatron_oisd.pipeline.checks import check_model, shared_sliding_window
 from megatron_oisd.pipeline.exchange import TeacherExchange
 from megatron_oisd.pipeline.lens import Lens, output_weight
 from megatron_oisd.pipeline.metrics import Metrics
-from megatron_oisd.pipeline.microbatch import StepScale, make_microbatch
-from megatron_oisd.pipeline.placement import find_placement, unwrap
+from megatron_oisd.pipeline.microbatch import Shards, StepScale, make_microbatch, packed_borders
+from megatron_oisd.pipeline.overlap import HeldBuckets, gather_parameters
+from megatron_oisd.pipeline.placement import Source, find_placement, unwrap
 from megatron_oisd.pipeline.taps import Chunk, Taps
+
+# Room for the numbers of the sequences packed into one microbatch.
+_PACKED_IDS = 1 << 20
 
 
 class OISD:
@@ -49,7 +53,10 @@ class OISD:
         tp_group: tensor-model-parallel group; None for size 1.
         pp_group: pipeline-model-parallel group; None for size 1.
         dp_group: data-parallel group (with context parallel), over which Megatron averages; None for size 1.
+        cp_group: context-parallel group; None for size 1.
         vocab_size: true vocabulary size. Rows beyond it are padding and excluded from the softmax; None: no padding.
+        microbatches_in_flight: most microbatches between forward and backward on a student's stage; None: as in
+            Megatron's own schedules. Only a schedule of another kind needs it.
 
     Raises:
         OISDError: a student layer outside ``1..L-1``, or a model option that cannot be supported; nothing is attached
@@ -64,63 +71,71 @@ class OISD:
         tp_group: Group = None,
         pp_group: Group = None,
         dp_group: Group = None,
+        cp_group: Group = None,
         vocab_size: int | None = None,
+        microbatches_in_flight: int | None = None,
     ) -> None:
         self.config = config
-        self.tp_group, self.pp_group, self.dp_group = tp_group, pp_group, dp_group
+        self.tp_group, self.pp_group, self.dp_group, self.cp_group = tp_group, pp_group, dp_group, cp_group
         models = [unwrap(chunk) for chunk in model_chunks]
         self._model_config = models[0].config
-        check_model_config(self._model_config, config, model_chunks)
-        self._placement = find_placement(models, pp_group)
-        config.validate_layers(self._placement.num_layers)
+        check_model(self._model_config, config, model_chunks, models, cp_size=group_size(cp_group))
+        self._placement = placement = find_placement(models, pp_group)
+        config.validate_layers(placement.num_layers)
         if vocab_size is not None and vocab_size > models[0].vocab_size:
             raise OISDError(
                 f"vocab_size is {vocab_size} but the model's unembedding has {models[0].vocab_size} rows: pass the "
                 "vocabulary size that the model was made for"
             )
 
-        stage = 0 if pp_group is None else pp_group.rank()
-        self._is_last = stage == self._placement.last_stage
-        self._student_stages = sorted({self._placement.stage_of[layer] for layer in config.layers})
-        self._has_student = stage in self._student_stages
+        self._stage = 0 if pp_group is None else pp_group.rank()
+        self._student_stages = sorted({placement.stage_of[layer] for layer in config.layers})
+        kinds = tuple(kind for kind in ("attn", "think") if getattr(config, f"lambda_{kind}") > 0)
+        sources = placement.sources(kinds)
         self._chunks = [
-            Chunk(model, [n for n in (layer.layer_number for layer in model.decoder.layers) if n in config.layers])
-            for model in models
+            Chunk(
+                model,
+                [n for n in (layer.layer_number for layer in model.decoder.layers) if n in config.layers],
+                next((source for source in sources if (source.stage, source.chunk) == (self._stage, number)), None),
+            )
+            for number, model in enumerate(models)
         ]
         self._device = next(iter(models[0].parameters())).device
+        self._shards = Shards(
+            tensor_size=group_size(tp_group),
+            tensor_rank=0 if tp_group is None else tp_group.rank(),
+            sequence_parallel=bool(self._model_config.sequence_parallel),
+            context_size=group_size(cp_group),
+            context_rank=0 if cp_group is None else cp_group.rank(),
+        )
+        self._sliding_window = shared_sliding_window(self._model_config, (*config.layers, placement.num_layers))
         self._step_number = -1
         self._scale: StepScale | None = None
-        self._fresh = False
-        self._attached = False
+        self._fresh = self._attached = self._trains_head = False
         self._taps: Taps | None = None
         self._exchange: TeacherExchange | None = None
         self._finalize: Any = None
         self._original_finalize: Any = None
-        self._channels: dict[int, Channel] = {}
+        self._channels: dict[tuple[int, int], Channel] = {}
+        self._lens_channels: dict[int, Channel] = {}
         self._lens: Lens | None = None
-        kinds = tuple(kind for kind in ("think", "attn") if getattr(config, f"lambda_{kind}") > 0)
-        self._metrics = Metrics(kinds, config.layers, self._device)
+        self._traffic = Traffic()
+        self._metrics = Metrics(tuple(sorted(kinds, reverse=True)), config.layers, self._device, self._traffic)
+        self._ddp_chunks = list(model_chunks)
+        self._held = HeldBuckets((), ())
         if not config.enabled:
             return
-        if group_size(pp_group) > 1:
-            assert pp_group is not None
-            self._channels = open_channels(
-                pp_group,
-                last_stage=self._placement.last_stage,
-                student_stages=self._student_stages,
-                device=self._device,
-            )
-        columns: int | None = None
-        if config.lambda_think > 0 and (self._has_student or self._is_last):
-            self._lens = Lens(models, is_owner=self._is_last, tp_group=tp_group)
-            columns = self._count_valid_columns(vocab_size)
-        self._remote_heads = self._find_remote_heads(models)
+        self._replica = self._name_replica()
+        self._open_channels(sources, microbatches_in_flight)
+        self._attach_lens(models)
         self._exchange = TeacherExchange(
             config,
             self._model_config,
+            vocab_columns=models[0].vocab_size // group_size(tp_group),
             tp_group=tp_group,
+            sources=sources,
             channels=self._channels,
-            is_last=self._is_last,
+            stage=self._stage,
             has_student=self._has_student,
         )
         self._taps = Taps(
@@ -128,14 +143,17 @@ class OISD:
             self._model_config,
             self._chunks,
             lens=self._lens,
-            valid_columns=columns,
+            valid_columns=self._count_valid_columns(vocab_size),
             exchange=self._exchange,
             metrics=self._metrics,
             tp_group=tp_group,
+            cp_group=cp_group,
+            head_gradient=self._trains_head,
         )
         self._attached = True
         self._wrap_finalize()
         self.sync()
+        self._traffic.read()  # counted from the first step on
 
     # ------------------------------------------------------------------------------------------- public surface
 
@@ -172,6 +190,7 @@ class OISD:
             per_token_loss=bool(self._model_config.calculate_per_token_loss),
             num_microbatches=num_microbatches,
             data_parallel_size=group_size(self.dp_group),
+            context_parallel_size=group_size(self.cp_group),
             num_sequences=num_sequences,
             num_tokens=num_tokens,
         )
@@ -187,18 +206,22 @@ class OISD:
         self._scale = scale
         self._step_number = self._step_number + 1 if step is None else step
         finished, metrics = False, self._metrics.snapshot()
+        if self._trains_head:
+            self._held.hold()
         try:
             yield
             assert self._taps is not None
             self._taps.check_nothing_is_left()
             for channel in self._channels.values():
                 channel.finish()
+            self._metrics.count_step()
             finished = True
         finally:
             self._scale, self._fresh = None, False
             self._forget_step()
             if not finished:
                 self._metrics.restore(metrics)
+                self._held.drop()
                 if self._lens is not None:
                     self._lens.discard_gradients()
 
@@ -209,6 +232,7 @@ class OISD:
         *,
         loss_mask: Tensor,
         advantages: Tensor,
+        packed_seq_params: Any = None,
         sequence_ids: Sequence[int] | None = None,
     ) -> Iterator[None]:
         """Surround one forward of one chunk; on *every* stage, with the same mask and advantages.
@@ -218,9 +242,12 @@ class OISD:
         Args:
             model: the chunk that is run.
             loss_mask: ``[b, s]``, non-zero at t where the prediction made at t belongs to the response: the mask of the
-                policy loss, aligned with the logits. On CPU it costs no device synchronisation.
-            advantages: ``[b]`` or ``[b, s]``.
-            sequence_ids: ``b`` integers naming the sequences in the global batch, which make the sampled queries
+                policy loss, aligned with the logits. On CPU it costs no device synchronisation. Under context
+                parallelism that of the whole sequences, of which each rank holds its part.
+            advantages: ``[b]`` or ``[b, s]``; packed: one for each sequence, or ``[1, t]``.
+            packed_seq_params: Megatron's ``PackedSeqParams`` that the model is run with, where sequences are packed;
+                None: every row is one sequence.
+            sequence_ids: integers naming the sequences in the global batch, which make the sampled queries
                 independent of the layout; None: numbered by data-parallel rank and microbatch.
         """
         if not self.config.enabled or self._scale is None or not torch.is_grad_enabled() or not model.training:
@@ -228,17 +255,15 @@ class OISD:
             return
         assert self._exchange is not None
         chunk = self._find_chunk(model)
-        if not chunk.students and not chunk.model.post_process:
+        if not chunk.students and chunk.source is None:
             yield
             return
-        rows, index = loss_mask.shape[0], chunk.forwarded
-        if sequence_ids is None:
-            rank = 0 if self.dp_group is None else self.dp_group.rank()
-            first = (rank * self._scale.num_microbatches + index) * rows
-            sequence_ids = range(first, first + rows)
+        index, borders = chunk.forwarded, None if packed_seq_params is None else packed_borders(packed_seq_params)
+        number = self._replica * self._scale.num_microbatches + index
         entry = make_microbatch(
             index, self.config, self._scale, loss_mask=loss_mask, advantages=advantages, step=self._step_number,
-            sequence_ids=sequence_ids, device=self._device,
+            sequence_ids=sequence_ids, first_id=number * (len(loss_mask) if borders is None else _PACKED_IDS),
+            device=self._device, shards=self._shards, borders=borders, sliding_window=self._sliding_window,
         )  # fmt: skip
         chunk.forwarded += 1
         for layer in chunk.students:
@@ -254,8 +279,8 @@ class OISD:
             yield
         finally:
             chunk.current = None
-        if chunk.model.post_process:
-            self._exchange.hand_over(entry)
+        if chunk.source is not None:
+            self._exchange.hand_over(entry, chunk.source)
 
     def sync(self) -> None:
         """Refresh the lens replicas from the last stage; after every optimizer step and after loading weights.
@@ -263,7 +288,12 @@ class OISD:
         Collective over the stages that take part. :meth:`step` makes up for a call that was left out.
         """
         if self._lens is not None:
-            self._lens.refresh(self._channels, self._remote_heads)
+            counted = self._traffic.lens_bytes
+            if self._lens.is_owner and self._lens_channels:
+                gather_parameters(self._ddp_chunks, self._lens.owned)
+            self._lens.refresh(self._lens_channels, self._remote_heads)
+            if self._fresh:  # no step came before: loading weights is not the training's traffic
+                self._traffic.lens_bytes = counted
         self._fresh = True
 
     def reduce_head_gradients(self) -> None:
@@ -272,8 +302,9 @@ class OISD:
         Called by the wrapped ``config.finalize_model_grads_func``; call it yourself, on every rank and before the
         data-parallel reduction, where your loop finalizes gradients in another way.
         """
-        if self._lens is not None and self.config.head_gradient and self.config.lambda_think > 0:
-            self._lens.return_gradients(self._channels, self._remote_heads)
+        if self._lens is not None and self._trains_head:
+            self._lens.return_gradients(self._lens_channels, self._remote_heads)
+            self._held.release()
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics of the steps since the last call, equal on all ranks; collective over all groups.
@@ -294,29 +325,72 @@ class OISD:
             self._model_config.finalize_model_grads_func = self._original_finalize
         self._finalize = self._original_finalize = None
         self._attached = False
+        self._held.remove()
         self._forget_step()
         for channel in self._channels.values():
-            dist.destroy_process_group(channel.group)
+            for group in {channel.group, channel.control}:
+                dist.destroy_process_group(group)
         self._channels.clear()
+        self._lens_channels.clear()
 
     # ------------------------------------------------------------------------------------------- attaching
 
-    def _count_valid_columns(self, vocab_size: int | None) -> int | None:
-        assert self._lens is not None
-        if vocab_size is None:
-            return None
-        rows = self._lens.head.shape[0]
-        rank = 0 if self.tp_group is None else self.tp_group.rank()
-        return valid_columns(vocab_size, rank, rows)
+    @property
+    def _has_student(self) -> bool:
+        return self._stage in self._student_stages
 
-    def _find_remote_heads(self, models: list[Any]) -> dict[int, bool]:
-        """By student stage: whether its lens needs the unembedding sent. Gathered, since only that stage can tell."""
-        missing = self._has_student and not self._is_last and all(output_weight(model) is None for model in models)
-        gathered = [missing]
+    def _name_replica(self) -> int:
+        """Number of this data-parallel replica, equal on its context-parallel ranks."""
+        rank = 0 if self.dp_group is None else self.dp_group.rank()
+        ranks: list[Any] = [rank]
+        if group_size(self.cp_group) > 1:
+            ranks = [None] * group_size(self.cp_group)
+            dist.all_gather_object(ranks, rank, group=self.cp_group)
+        return min(ranks)
+
+    def _open_channels(self, sources: list[Source], microbatches_in_flight: int | None) -> None:
+        """Make the lanes from the chunks that make teachers to the students' stages."""
+        stages = group_size(self.pp_group)
+        if stages == 1:
+            return
+        assert self.pp_group is not None
+        group = getattr(self._model_config, "microbatch_group_size_per_vp_stage", None)
+        limits = {
+            stage: microbatches_in_flight or in_flight(stages, stage, len(self._chunks), group, None)
+            for stage in self._student_stages
+        }
+        lanes = [(number, stage) for number in range(len(sources)) for stage in self._student_stages]
+        opened = open_channels(
+            self.pp_group,
+            lanes=[(sources[number].stage, stage) for number, stage in lanes],
+            limits=limits,
+            device=self._device,
+            traffic=self._traffic,
+        )
+        self._channels = {lanes[at]: channel for (at, _), channel in opened.items()}
+        think = next((number for number, source in enumerate(sources) if "think" in source.kinds), None)
+        self._lens_channels = {stage: channel for (number, stage), channel in self._channels.items() if number == think}
+
+    def _attach_lens(self, models: list[Any]) -> None:
+        is_owner = self._stage == self._placement.head[0]
+        if self.config.lambda_think > 0 and (self._has_student or is_owner):
+            self._lens = Lens(models, is_owner=is_owner, tp_group=self.tp_group)
+        # Only the student's stage can tell whether it needs the unembedding sent, only its owner whether it is trained.
+        missing = self._has_student and not is_owner and all(output_weight(model) is None for model in models)
+        trained = is_owner and self._lens is not None and self._lens.is_trained
+        gathered: list[Any] = [(missing, trained)]
         if group_size(self.pp_group) > 1:
-            gathered = [False] * group_size(self.pp_group)
-            dist.all_gather_object(gathered, missing, group=self.pp_group)
-        return dict(enumerate(gathered))
+            gathered = [None] * group_size(self.pp_group)
+            dist.all_gather_object(gathered, (missing, trained), group=self.pp_group)
+        self._remote_heads = {stage: remote for stage, (remote, _) in enumerate(gathered)}
+        self._trains_head = self.config.head_gradient and any(trained for _, trained in gathered)
+        if self._trains_head and self._lens is not None:
+            self._held = HeldBuckets(self._ddp_chunks, self._lens.owned)
+
+    def _count_valid_columns(self, vocab_size: int | None) -> int | None:
+        if vocab_size is None or self._lens is None:
+            return None
+        return valid_columns(vocab_size, self._shards.tensor_rank, self._lens.head.shape[0])
 
     def _wrap_finalize(self) -> None:
         """Put :meth:`reduce_head_gradients` before Megatron's reduction; again at each step, as loops set it late."""

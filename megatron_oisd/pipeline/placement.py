@@ -1,4 +1,4 @@
-"""Which rank and model chunk owns which decoder layer."""
+"""Which rank and model chunk owns which decoder layer, and where the two teachers are made."""
 
 from __future__ import annotations
 
@@ -26,40 +26,81 @@ def unwrap(chunk: nn.Module) -> Any:
 
 
 @dataclass(frozen=True)
+class Source:
+    """A model chunk that makes teachers, and which ones."""
+
+    kinds: tuple[str, ...]
+    """``"attn"``: the last decoder layer is there. ``"think"``: the final norm and the unembedding are."""
+    stage: int
+    chunk: int
+    """Number of the chunk on its stage."""
+
+
+@dataclass(frozen=True)
 class Placement:
     """Where every decoder layer of one pipeline lives; equal on all its ranks."""
 
     stage_of: dict[int, int]
     """Pipeline rank that owns each layer, layers counted from 1."""
-    last_stage: int
-    """Pipeline rank with the final norm and the unembedding."""
+    head: tuple[int, int]
+    """(pipeline rank, chunk) with the final norm and the unembedding."""
+    last_layer: tuple[int, int]
+    """(pipeline rank, chunk) with the last decoder layer: elsewhere where the loss stands alone on a stage."""
     num_layers: int
+
+    def sources(self, kinds: tuple[str, ...]) -> list[Source]:
+        """The chunks that make the teachers of ``kinds``; one chunk where the last layer and the head share it."""
+        makers = {"attn": self.last_layer, "think": self.head}
+        found: dict[tuple[int, int], list[str]] = {}
+        for kind in kinds:
+            found.setdefault(makers[kind], []).append(kind)
+        return [Source(tuple(sorted(made)), *where) for where, made in sorted(found.items())]
 
 
 def find_placement(models: list[Any], pp_group: Group) -> Placement:
-    """Gather every stage's layer numbers over the pipeline group (one small object collective).
+    """Gather every chunk's layer numbers over the pipeline group (one small object collective).
 
     Raises:
-        OISDError: layers are missing or held twice, or no stage or several hold the final norm.
+        OISDError: layers are missing or held twice, no chunk or several hold the output layer, or the final norm is
+            not beside it (MTP layers on a stage of their own).
     """
-    layers = [layer.layer_number for model in models for layer in model.decoder.layers]
-    has_head = any(model.post_process for model in models)
-    gathered: list[Any] = [(layers, has_head)]
+    mine = [
+        ([layer.layer_number for layer in model.decoder.layers], bool(model.post_process), _has_norm(model))
+        for model in models
+    ]
+    gathered: list[Any] = [mine]
     if group_size(pp_group) > 1:
         gathered = [None] * group_size(pp_group)
-        dist.all_gather_object(gathered, (layers, has_head), group=pp_group)
-    stage_of: dict[int, int] = {}
-    for stage, (numbers, _) in enumerate(gathered):
-        for number in numbers:
-            if number in stage_of:
-                raise OISDError(f"layer {number} is on pipeline stages {stage_of[number]} and {stage}: expected one")
-            stage_of[number] = stage
-    num_layers = max(stage_of, default=0)
-    missing = sorted(set(range(1, num_layers + 1)) - set(stage_of))
-    heads = [stage for stage, (_, head) in enumerate(gathered) if head]
-    if missing or len(heads) != 1:
+        dist.all_gather_object(gathered, mine, group=pp_group)
+    where: dict[int, tuple[int, int]] = {}
+    heads: list[tuple[int, int]] = []
+    for stage, chunks in enumerate(gathered):
+        for number, (layers, has_head, has_norm) in enumerate(chunks):
+            for layer in layers:
+                if layer in where:
+                    raise OISDError(
+                        f"layer {layer} is on pipeline stages {where[layer][0]} and {stage}: expected one; pass each "
+                        "model chunk once and the pipeline group that this rank belongs to"
+                    )
+                where[layer] = (stage, number)
+            if has_head:
+                heads.append((stage, number))
+                if not has_norm:
+                    raise OISDError(
+                        f"pipeline stage {stage} has the output layer but not the final norm (MTP layers on a stage "
+                        "of their own): place the last decoder layer and the MTP layers on the last stage"
+                    )
+    num_layers = max(where, default=0)
+    missing = sorted(set(range(1, num_layers + 1)) - set(where))
+    if missing or len(heads) != 1 or not where:
         raise OISDError(
-            f"the pipeline group holds layers {sorted(stage_of)} and output layers on stages {heads}: expected every "
-            "layer and one output layer; pass all model chunks of this rank and the pipeline group they belong to"
+            f"the pipeline group holds layers {sorted(where)} and output layers on stages {[s for s, _ in heads]}: "
+            "expected every layer and one output layer; pass all model chunks of this rank and the pipeline group "
+            "they belong to"
         )
-    return Placement(stage_of, heads[0], num_layers)
+    stage_of = {layer: stage for layer, (stage, _) in where.items()}
+    return Placement(stage_of, heads[0], where[num_layers], num_layers)
+
+
+def _has_norm(model: Any) -> bool:
+    return getattr(model.decoder, "final_layernorm", None) is not None

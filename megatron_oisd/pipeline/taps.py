@@ -9,18 +9,21 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_oisd.config import OISDConfig
 from megatron_oisd.errors import OISDError
 from megatron_oisd.losses.attention import attention_alignment, teacher_log_probs
-from megatron_oisd.losses.js import HiddenTeacher, lens_js
-from megatron_oisd.losses.numerics import Group, all_reduce_sum_, group_size
+from megatron_oisd.losses.js import lens_js
+from megatron_oisd.losses.js_topk import make_topk_teacher
+from megatron_oisd.losses.numerics import Group, all_reduce_sum_, gather_rows, group_size, upcast
 from megatron_oisd.pipeline.exchange import TeacherExchange
-from megatron_oisd.pipeline.inject import AttentionTap, HiddenTap
+from megatron_oisd.pipeline.inject import AttentionTap, HiddenTap, anchor
 from megatron_oisd.pipeline.lens import Lens
 from megatron_oisd.pipeline.metrics import Metrics
 from megatron_oisd.pipeline.microbatch import Microbatch
+from megatron_oisd.pipeline.placement import Source
 
 # Sampled queries per chunk of the attention loss. One query's gathered keys are K * ng * d fp32 numbers: 256 kB for
 # Qwen3-4B (64 * 8 * 128). A chunk's peak is about 3.4 times its gathered keys: near 30 MB there, and below 1 GB for 128
@@ -34,6 +37,8 @@ class Chunk:
 
     model: Any
     students: list[int]
+    source: Source | None = None
+    """Which teachers are made here."""
     current: Microbatch | None = None
     waiting: deque[Microbatch] = field(default_factory=deque)
     forwarded: int = 0
@@ -51,6 +56,8 @@ class Taps:
         exchange: brings teachers to students.
         metrics: where divergences are counted.
         tp_group: tensor-parallel group.
+        cp_group: context-parallel group.
+        head_gradient: whether norm and unembedding collect the lens gradient.
     """
 
     def __init__(
@@ -64,15 +71,18 @@ class Taps:
         exchange: TeacherExchange,
         metrics: Metrics,
         tp_group: Group,
+        cp_group: Group,
+        head_gradient: bool,
     ) -> None:
         self.config, self._model_config, self._chunks = config, model_config, chunks
-        self._lens, self._valid_columns = lens, valid_columns
-        self._exchange, self._metrics, self.tp_group = exchange, metrics, tp_group
+        self._lens, self._valid_columns, self._head_gradient = lens, valid_columns, head_gradient
+        self._exchange, self._metrics, self.tp_group, self.cp_group = exchange, metrics, tp_group, cp_group
         self._device = next(iter(chunks[0].model.parameters())).device
         self._hooks: list[Any] = []
         self._hook_students()
-        if exchange.is_last:
-            self._hook_teacher()
+        for chunk in chunks:
+            if chunk.source is not None:
+                self._hook_teacher(chunk, chunk.source)
 
     def remove(self) -> None:
         """Remove every hook."""
@@ -103,24 +113,23 @@ class Taps:
                         layer.register_forward_hook(partial(self._after_student, chunk, layer.layer_number))
                     )
                 if self.config.lambda_attn > 0:
-                    self._hooks.append(
-                        layer.self_attention.core_attention.register_forward_hook(
-                            partial(self._after_student_attention, chunk, layer.layer_number), with_kwargs=True
-                        )
-                    )
+                    self._hook_attention(layer, partial(self._after_student_attention, chunk, layer.layer_number))
 
-    def _hook_teacher(self) -> None:
-        chunk = next(chunk for chunk in self._chunks if chunk.model.post_process)
-        if self.config.lambda_think > 0:
+    def _hook_teacher(self, chunk: Chunk, source: Source) -> None:
+        if "think" in source.kinds and self.config.teacher_payload == "hidden":
             norm = chunk.model.decoder.final_layernorm
             self._hooks.append(norm.register_forward_hook(partial(self._after_final_norm, chunk)))
-        if self.config.lambda_attn > 0:
-            layer = chunk.model.decoder.layers[-1]
-            self._hooks.append(
-                layer.self_attention.core_attention.register_forward_hook(
-                    partial(self._after_teacher_attention, chunk), with_kwargs=True
-                )
-            )
+        elif "think" in source.kinds:
+            head = chunk.model.output_layer
+            self._hooks.append(head.register_forward_hook(partial(self._after_output_layer, chunk)))
+        if "attn" in source.kinds:
+            self._hook_attention(chunk.model.decoder.layers[-1], partial(self._after_teacher_attention, chunk))
+
+    def _hook_attention(self, layer: Any, hook: Any) -> None:
+        """``hook`` gets the softmax scale first: multi-latent attention alone knows its own."""
+        attention = layer.self_attention
+        scale = getattr(attention, "softmax_scale", None) if self._model_config.multi_latent_attention else None
+        self._hooks.append(attention.core_attention.register_forward_hook(partial(hook, scale), with_kwargs=True))
 
     # ------------------------------------------------------------------------------------------- forward
 
@@ -140,59 +149,101 @@ class Taps:
         if entry is None:
             return None
         hidden = output[0] if isinstance(output, tuple) else output
-        rows, slots = self._local_rows(entry, hidden)
+        rows, mine = self._local_rows(entry, hidden)
         saved = hidden.detach().flatten(0, 1)[rows]
-        tapped = HiddenTap.apply(hidden, saved, partial(self._add_think, chunk, layer, entry, rows, slots))
+        tapped = HiddenTap.apply(
+            hidden, saved, partial(self._add_think, chunk, layer, entry, rows, mine), anchor(hidden)
+        )
         return (tapped, *output[1:]) if isinstance(output, tuple) else tapped
 
     def _after_student_attention(
-        self, chunk: Chunk, layer: int, module: Any, args: Any, kwargs: Any, output: Tensor
+        self, chunk: Chunk, layer: int, scale: float | None, module: Any, args: Any, kwargs: Any, output: Tensor
     ) -> Any:
         entry = self._binding(chunk, ("attn", layer))
         if entry is None:
             return None
-        query, key = _query_and_key(args, kwargs)
-        _check_shape(entry, *query.shape[:2])
-        return AttentionTap.apply(output, query, key, partial(self._attn_gradients, chunk, layer, entry, module))
+        query, key = _query_and_key(args, kwargs, entry)
+        scale = _softmax_scale(module, query) if scale is None else scale
+        return AttentionTap.apply(
+            output, query, key, partial(self._attn_gradients, chunk, layer, entry, scale), anchor(output, query, key)
+        )
 
     def _after_final_norm(self, chunk: Chunk, module: nn.Module, args: Any, output: Tensor) -> None:
         entry = chunk.current
         if entry is not None:
-            rows, slots = self._local_rows(entry, output)
-            entry.teacher_hidden = self._gather_rows(output.detach().flatten(0, 1)[rows], entry, slots)
+            rows, _ = self._local_rows(entry, output)
+            entry.captured["think"] = [output.detach().flatten(0, 1)[rows]]
 
-    def _after_teacher_attention(self, chunk: Chunk, module: Any, args: Any, kwargs: Any, output: Tensor) -> None:
+    def _after_output_layer(self, chunk: Chunk, module: nn.Module, args: Any, output: Any) -> None:
+        """The last call counts: MTP heads use the output layer before the model's own logits are made."""
         entry = chunk.current
-        if entry is not None:
-            assert entry.sample is not None
-            query, key = _query_and_key(args, kwargs)
-            _check_shape(entry, *query.shape[:2])
-            entry.teacher_scores = teacher_log_probs(
-                query, key, entry.sample, scale=_softmax_scale(module, query), chunk_queries=_CHUNK_QUERIES
-            )
+        if entry is None:
+            return
+        logits = (output[0] if isinstance(output, tuple) else output).detach()
+        assert self._lens is not None
+        columns = self._lens.head.shape[0]
+        rank = 0 if self.tp_group is None else self.tp_group.rank()
+        if logits.shape[-1] != columns:  # gathered over the tensor-parallel ranks
+            logits = logits[..., rank * columns : (rank + 1) * columns]
+        _check_shape(entry, *logits.shape[:2])
+        rows = logits.flatten(0, 1)[entry.tokens]
+        if self.config.teacher_payload == "logits":
+            entry.captured["think"] = [rows]
+            return
+        teacher = make_topk_teacher(
+            rows, self.config.teacher_topk, temperature=self.config.temperature, group=self.tp_group,
+            first_token=rank * columns, valid_columns=self._valid_columns,
+        )  # fmt: skip
+        share = slice(*entry.bounds[rank : rank + 2]) if self._model_config.sequence_parallel else slice(None)
+        entry.captured["think"] = [teacher.log_probs[share], teacher.token_ids[share].int()]
 
-    def _local_rows(self, entry: Microbatch, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _after_teacher_attention(
+        self, chunk: Chunk, scale: float | None, module: Any, args: Any, kwargs: Any, output: Tensor
+    ) -> None:
+        entry = chunk.current
+        if entry is None:
+            return
+        assert entry.sample is not None
+        query, key = _query_and_key(args, kwargs, entry)
+        scores = teacher_log_probs(
+            _with_rows(query), self._whole_key(_with_rows(key), entry), entry.sample,
+            scale=_softmax_scale(module, query) if scale is None else scale, chunk_queries=_CHUNK_QUERIES,
+        )  # fmt: skip
+        entry.captured["attn"] = [scores]
+
+    def _local_rows(self, entry: Microbatch, hidden: Tensor) -> tuple[Tensor, slice]:
         """Rows of the computed tokens in this rank's ``[s * b]`` hidden states, and where they stand among all N.
 
-        Under sequence parallelism a rank holds ``s / TP`` positions; None means that it holds them all.
+        Under sequence parallelism a rank holds ``s / TP`` positions.
         """
         shards = group_size(self.tp_group) if self._model_config.sequence_parallel else 1
         _check_shape(entry, hidden.shape[0] * shards, hidden.shape[1])
         if shards == 1:
-            return entry.tokens, None
+            return entry.tokens, slice(None)
         assert self.tp_group is not None
-        size = entry.shape[0] * entry.shape[1] // self.tp_group.size()
-        first = size * self.tp_group.rank()
-        slots = ((entry.tokens >= first) & (entry.tokens < first + size)).nonzero().flatten()
-        return entry.tokens[slots] - first, slots
+        rank = self.tp_group.rank()
+        mine = slice(entry.bounds[rank], entry.bounds[rank + 1])
+        return entry.tokens[mine] - rank * hidden.shape[0] * hidden.shape[1], mine
 
-    def _gather_rows(self, local: Tensor, entry: Microbatch, slots: Tensor | None) -> Tensor:
-        """Bring all N selected rows together from the sequence-parallel shards; one all-reduce."""
-        if slots is None:
-            return local
-        rows = local.new_zeros(len(entry.tokens), local.shape[-1])
-        rows[slots] = local
-        return all_reduce_sum_(rows, self.tp_group)
+    def _whole_key(self, key: Tensor, entry: Microbatch) -> Tensor:
+        """``[s, b, ng, d]`` from the context-parallel ranks' ``[s_local, b, ng, d]``; one all-gather."""
+        if entry.context_order is None:
+            return key
+        assert self.cp_group is not None
+        everything = key.new_empty(key.shape[0] * self.cp_group.size(), *key.shape[1:])
+        dist.all_gather_into_tensor(everything, key.detach().contiguous(), group=self.cp_group)
+        return everything[entry.context_order]
+
+    def _own_key(self, gradient: Tensor, entry: Microbatch) -> Tensor:
+        """This context-parallel rank's part of the sum of all ranks' key gradients; one all-reduce."""
+        if entry.context_order is None:
+            return gradient
+        assert self.cp_group is not None
+        rank, size = self.cp_group.rank(), entry.shape[0]
+        total = all_reduce_sum_(upcast(gradient), self.cp_group)
+        everything = torch.empty_like(total)
+        everything[entry.context_order] = total
+        return everything[rank * size : (rank + 1) * size].to(gradient.dtype)
 
     # ------------------------------------------------------------------------------------------- backward
 
@@ -202,56 +253,52 @@ class Taps:
         return 1.0 if scale is None else scale(torch.ones((), device=self._device))
 
     def _add_think(
-        self, chunk: Chunk, layer: int, entry: Microbatch, rows: Tensor, slots: Tensor | None, upstream: Tensor,
-        saved: Tensor,
-    ) -> Tensor:  # fmt: skip
+        self, chunk: Chunk, layer: int, entry: Microbatch, rows: Tensor, mine: slice, upstream: Tensor, saved: Tensor
+    ) -> Tensor:
         """Gradient of lambda * L_think with respect to the student's residual stream, added to ``upstream``."""
         assert self._lens is not None
         config, lens = self.config, self._lens
-        _, teacher = self._exchange.teacher(entry)
-        assert teacher is not None
+        teacher = self._exchange.think_teacher(entry)
         with torch.enable_grad():
-            hidden = self._gather_rows(saved, entry, slots).detach().requires_grad_()
+            whole = gather_rows(saved, entry.bounds, self.tp_group) if self._model_config.sequence_parallel else saved
+            hidden = whole.detach().requires_grad_()
             normed = lens.norm(hidden)
+        width = lens.head.shape[0]
         loss = lens_js(
-            normed.detach(), HiddenTeacher(teacher), lens.head.detach(),
+            normed.detach(), teacher, lens.head.detach(),
             entry.coefficients * (config.lambda_think / len(config.layers) * self._loss_scale()),
             temperature=config.temperature, group=self.tp_group, chunk_tokens=config.chunk_tokens,
-            valid_columns=self._valid_columns,
-            head_gradient=lens.head_gradient_buffer() if config.head_gradient else None,
+            valid_columns=self._valid_columns, first_token=0 if self.tp_group is None else self.tp_group.rank() * width,
+            head_gradient=lens.head_gradient_buffer() if self._head_gradient else None,
         )  # fmt: skip
-        parameters = [p for p in lens.norm_parameters if p.requires_grad] if config.head_gradient else []
+        parameters = [p for p in lens.norm_parameters if p.requires_grad] if self._head_gradient else []
         gradients = torch.autograd.grad(normed, [hidden, *parameters], loss.hidden_gradient)
         if parameters:
             lens.add_norm_gradients(list(gradients[1:]))
-        local = gradients[0] if slots is None else gradients[0][slots]
         total = upstream.clone()
-        total.view(-1, total.shape[-1]).index_add_(0, rows, local.to(total.dtype))
+        total.view(-1, total.shape[-1]).index_add_(0, rows, gradients[0][mine].to(total.dtype))
         signed = entry.coefficients * entry.metric_factor
         self._metrics.add("think", layer, loss.values, signed, entry.shares, entry.metric_count)
         self._done(chunk, entry, ("think", layer))
         return total
 
     def _attn_gradients(
-        self, chunk: Chunk, layer: int, entry: Microbatch, module: Any, query: Tensor, key: Tensor
+        self, chunk: Chunk, layer: int, entry: Microbatch, scale: float, query: Tensor, key: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Gradients of lambda * L_attn with respect to the student's query and key; local to this rank's heads."""
         config = self.config
-        teacher, _ = self._exchange.teacher(entry)
-        assert teacher is not None
         assert entry.sample is not None
         loss = attention_alignment(
-            query, key, teacher, entry.sample,
-            entry.attn_coefficients * (config.lambda_attn / len(config.layers) * self._loss_scale()),
-            scale=_softmax_scale(module, query), num_heads_total=self._model_config.num_attention_heads,
-            chunk_queries=_CHUNK_QUERIES,
+            _with_rows(query), self._whole_key(_with_rows(key), entry), self._exchange.attention_teacher(entry),
+            entry.sample, entry.attn_coefficients * (config.lambda_attn / len(config.layers) * self._loss_scale()),
+            scale=scale, num_heads_total=self._model_config.num_attention_heads, chunk_queries=_CHUNK_QUERIES,
         )  # fmt: skip
         # Metrics divide by TP what every rank counts alike; here each rank holds the share of its own heads.
         whole = loss.values * group_size(self.tp_group)
         signed = entry.attn_coefficients * entry.metric_factor
         self._metrics.add("attn", layer, whole, signed, entry.attn_shares, entry.metric_count)
         self._done(chunk, entry, ("attn", layer))
-        return loss.query_gradient, loss.key_gradient
+        return loss.query_gradient.view(query.shape), self._own_key(loss.key_gradient, entry).view(key.shape)
 
     def _done(self, chunk: Chunk, entry: Microbatch, tap: tuple[str, int]) -> None:
         entry.pending.discard(tap)
@@ -268,15 +315,22 @@ def _check_shape(entry: Microbatch, length: int, rows: int) -> None:
         )
 
 
-def _query_and_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    if kwargs.get("packed_seq_params") is not None:
+def _query_and_key(args: tuple[Any, ...], kwargs: dict[str, Any], entry: Microbatch) -> tuple[Tensor, Tensor]:
+    """What core attention was given: ``[s, b, heads, d]``, packed ``[t, heads, d]``."""
+    if (kwargs.get("packed_seq_params") is not None) != entry.packed:
         raise OISDError(
-            "packed sequences (packed_seq_params) are not supported with lambda_attn > 0: run unpacked microbatches or "
-            "set lambda_attn=0"
+            f"the model ran {'without' if entry.packed else 'with'} packed_seq_params but OISD.microbatch() was called "
+            f"{'with' if entry.packed else 'without'} it: pass the same packed_seq_params to both"
         )
     query = args[0] if args else kwargs["query"]
     key = args[1] if len(args) > 1 else kwargs["key"]
+    _check_shape(entry, *_with_rows(query).shape[:2])
     return query, key
+
+
+def _with_rows(tensor: Tensor) -> Tensor:
+    """``[t, heads, d]`` as ``[t, 1, heads, d]``."""
+    return tensor.unsqueeze(1) if tensor.dim() == 3 else tensor
 
 
 def _softmax_scale(module: Any, query: Tensor) -> float:

@@ -80,7 +80,25 @@ def install() -> bool:
 
     _replace(megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
     _replace(megatron_random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
+    _mend_modules()
     return True
+
+
+def _mend_modules() -> None:
+    """Modules of Megatron-Core that use names of Transformer Engine which they did not get, or expect a copy."""
+    from megatron.core.transformer import multi_latent_attention
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    if not isinstance(getattr(multi_latent_attention, "TELinear", None), type):
+        _replace(multi_latent_attention, "HAVE_TE", False)
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+    _replace(token_dispatcher, "maybe_move_tensor_to_cpu", _as_if_moved)
+
+
+def _as_if_moved(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Megatron turns split sizes into numpy on their way from a GPU only, and gloo takes nothing else."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def uninstall() -> None:
@@ -111,6 +129,7 @@ def _with_cpu_device(function: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)  # pinned for a copy to a GPU that is not there
         return function(*args, **kwargs)
 
     return wrapped
@@ -145,7 +164,10 @@ class _Stream:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    synchronize = wait_stream = wait_event = record_event = lambda *args, **kwargs: None
+    synchronize = wait_stream = wait_event = lambda *args, **kwargs: None
+
+    def record_event(self, event: Any = None) -> Any:
+        return self if event is None else event
 
 
 @contextmanager

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_oisd.pipeline.channel import Channel, Part, open_channels
+from megatron_oisd.errors import OISDError
+from megatron_oisd.pipeline.channel import Channel, Part, Traffic, in_flight, open_channels
 from tests.helpers.ranks import run_ranks
 
 SHAPES = [(3, 5), (0, 4), (), (7,)]
@@ -30,10 +31,10 @@ def parts_of(tensors: list[torch.Tensor]) -> list[Part]:
     return [Part(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
 
 
-def open_pair() -> Channel:
+def open_pair(limit: int = 8) -> Channel:
     if not dist.is_initialized():
         dist.init_process_group("gloo")
-    return Channel(dist.new_group([0, 1]), source=1, target=0, device=torch.device("cpu"))
+    return Channel(dist.new_group([0, 1]), source=1, target=0, device=torch.device("cpu"), limit=limit)
 
 
 def _exchange(order: list[int], count: int) -> dict[int, list[torch.Tensor]]:
@@ -56,7 +57,7 @@ def _exchange(order: list[int], count: int) -> dict[int, list[torch.Tensor]]:
                 )
                 channel.forget(index)
         channel.finish()
-    got_bytes = channel.bytes_sent
+    got_bytes = channel.traffic.teacher_bytes
     dist.destroy_process_group()
     return {**got, -1: [torch.tensor(got_bytes)]}
 
@@ -150,13 +151,108 @@ def test_finish_lets_go_of_every_buffer():
     assert teacher[1:] == (0, 0, 0, 0, 0)
 
 
+def _reuse(limit: int, count: int) -> tuple[int, int]:
+    """More messages than ``limit``, sizes going up and down; the student is one behind, as in a pipeline."""
+    channel = open_pair(limit)
+    sizes = [(7 * index) % 5 + 1 for index in range(count)]
+    for index in range(count):
+        if dist.get_rank() == 1:
+            channel.send(index, [torch.full((sizes[index],), float(index))])
+            assert len(channel._sent) <= limit
+        else:
+            channel.expect(index, [Part((sizes[index],), torch.float32)])
+            done = index - (limit - 1)
+            if done >= 0:
+                assert channel.receive(done)[0].tolist() == [float(done)] * sizes[done]
+                channel.forget(done)
+    buffers = len(channel._buffers._free) + len(channel._sent)
+    if dist.get_rank() == 0:
+        for index in range(count - limit + 1, count):
+            channel.receive(index)
+            channel.forget(index)
+    channel.finish()
+    most = channel.traffic.read().most_buffers
+    dist.barrier()
+    dist.destroy_process_group()
+    return buffers, most
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_buffers_are_bounded_by_the_messages_in_flight_and_reused(limit):
+    student, teacher = run_ranks(2, _reuse, limit, 12, timeout_s=30.0)
+    assert teacher == (limit, limit)
+    assert student[0] <= 1, "one message is worked on at a time"
+
+
+def _too_many() -> str:
+    channel = open_pair(limit=2)
+    message = ""
+    if dist.get_rank() == 0:
+        for index in range(2):
+            channel.expect(index, [Part((1,), torch.float32)])
+        with pytest.raises(OISDError) as caught:
+            channel.expect(2, [Part((1,), torch.float32)])
+        message = str(caught.value)
+    dist.barrier()
+    dist.destroy_process_group()
+    return message
+
+
+def test_a_schedule_with_more_in_flight_is_refused_before_both_sides_wait():
+    message, _ = run_ranks(2, _too_many, timeout_s=30.0)
+    assert (
+        "3 microbatches are between forward and backward on this stage, where Megatron's schedules leave 2" in message
+    )
+    assert "microbatches_in_flight=N" in message
+
+
+def _one_f_one_b(stages: int, stage: int, count: int) -> list[str]:
+    warmup = min(stages - stage - 1, count)
+    order = ["F"] * warmup
+    for _ in range(count - warmup):
+        order += ["F", "B"]
+    return order + ["B"] * warmup
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4, 8])
+def test_the_bound_is_that_of_1f1b(stages):
+    for stage in range(stages):
+        in_flight_now = most = 0
+        for what in _one_f_one_b(stages, stage, 16):
+            in_flight_now += 1 if what == "F" else -1
+            most = max(most, in_flight_now)
+        assert in_flight(stages, stage, 1, None, None) == most == stages - stage
+    assert in_flight(4, 0, 1, None, 2) == 2, "never more than there are"
+
+
+@pytest.mark.parametrize(("stages", "chunks", "group"), [(2, 2, 2), (4, 2, 4), (4, 3, 4), (4, 2, 8), (8, 4, 8)])
+def test_the_bound_holds_under_megatrons_interleaved_schedule(stages, chunks, group):
+    """Megatron's own tables say which chunk every forward and backward is of."""
+    from megatron.core.pipeline_parallel import schedules
+
+    count = 4 * group
+    table = schedules.get_schedule_table(count, chunks, group)
+    for stage in range(stages):
+        warmup = min(2 * (stages - stage - 1) + (chunks - 1) * group, count * chunks)
+        forwards = [chunk for _, chunk in table]
+        backwards = [chunks - 1 - chunk for _, chunk in table]
+        bound = in_flight(stages, stage, chunks, group, None)
+        held = dict.fromkeys(range(chunks), 0)
+        for number, chunk in enumerate(forwards):
+            held[chunk] += 1
+            assert max(held.values()) <= bound
+            if number >= warmup:
+                held[backwards[number - warmup]] -= 1
+
+
 def _open(stages: list[int]) -> dict[int, tuple[int, int]]:
     dist.init_process_group("gloo")
     pipelines = [dist.new_group([0, 2]), dist.new_group([1, 3])]  # two pipelines, as with TP 2 or DP 2
     channels = open_channels(
-        pipelines[dist.get_rank() % 2], last_stage=1, student_stages=stages, device=torch.device("cpu")
-    )
-    result = {stage: (channel.source, channel.target) for stage, channel in channels.items()}
+        pipelines[dist.get_rank() % 2], lanes=[(1, stage) for stage in stages], limits=dict.fromkeys(stages, 2),
+        device=torch.device("cpu"), traffic=Traffic(),
+    )  # fmt: skip
+    result = {stage: (channel.source, channel.target) for (_, stage), channel in channels.items()}
     dist.destroy_process_group()
     return result
 

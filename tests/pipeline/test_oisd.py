@@ -182,9 +182,6 @@ def test_a_layer_that_is_no_student_is_refused_with_nothing_attached(shared, lay
 
 
 REFUSED = {
-    "multi_latent_attention": True,
-    "mtp_num_layers": 1,
-    "num_moe_experts": 4,
     "fine_grained_activation_offloading": True,
     "distribute_saved_activations": True,
     "defer_embedding_wgrad_compute": True,
@@ -193,22 +190,30 @@ REFUSED = {
     "enable_cuda_graph": True,
     "external_cuda_graph": True,
     "fp8": "hybrid",
-    "apply_query_key_layer_scaling": True,
+    "fp4": "e2m1",
+    "fp32_residual_connection": True,
     "use_mup": True,  # from megatron-core 0.17 on
+    "enable_mhc_connections": True,  # later still
     "context_parallel_size": 2,
     "cuda_graph_impl": "local",
 }
-ATTENTION_ONLY = {"window_size": (8, 0), "softmax_type": "off-by-one"}
+NEWER = {"use_mup", "enable_mhc_connections"}
+ATTENTION_ONLY = {
+    "softmax_type": "off-by-one",
+    "apply_query_key_layer_scaling": True,
+    "experimental_attention_variant": "dsa",
+}
 
 
 def test_no_refused_option_is_forgotten_here():
     assert set(checks._REFUSED) <= set(REFUSED)
+    assert set(checks._REFUSED_WITH_ATTENTION) <= set(ATTENTION_ONLY)
 
 
 @pytest.mark.parametrize(("name", "value"), (REFUSED | ATTENTION_ONLY).items(), ids=REFUSED | ATTENTION_ONLY)
 def test_a_model_option_without_exact_gradients_is_refused_by_name_and_value(shared, monkeypatch, name, value):
     hooks = shared.hooks()
-    assert hasattr(shared.config, name) or name == "use_mup", "a typing error in the table would never refuse anything"
+    assert hasattr(shared.config, name) or name in NEWER, "a typing error in the table would never refuse anything"
     monkeypatch.setattr(shared.config, name, value, raising=False)
     with pytest.raises(OISDError, match=rf"^{name}={re.escape(repr(value))} .*not supported by ") as caught:
         shared.attach()
@@ -217,27 +222,6 @@ def test_a_model_option_without_exact_gradients_is_refused_by_name_and_value(sha
     assert shared.config.finalize_model_grads_func is shared.finalize
     harmless = {"lambda_attn": 0.0} if name in ATTENTION_ONLY else {"lambda_think": 0.0, "lambda_attn": 0.0}
     shared.attach(replace(CONFIG, **harmless)).detach()  # nothing is added there: nothing to refuse
-
-
-def test_fewer_key_heads_than_tensor_parallel_ranks_need_lambda_attn_zero(shared, monkeypatch):
-    monkeypatch.setattr(shared.config, "tensor_model_parallel_size", 4)
-    with pytest.raises(OISDError, match=r"num_query_groups=2 is below tensor_model_parallel_size=4: use lambda_attn=0"):
-        checks.check_model_config(shared.config, CONFIG, [shared.chunk])
-    checks.check_model_config(shared.config, replace(CONFIG, lambda_attn=0.0), [shared.chunk])
-
-
-@pytest.mark.parametrize(
-    ("option", "harmless"),
-    [
-        ("overlap_grad_reduce", {"head_gradient": False}),
-        ("overlap_param_gather", {"lambda_think": 0.0, "lambda_attn": 0.0}),
-    ],
-)
-def test_overlapped_data_parallelism_is_refused(shared, monkeypatch, option, harmless):
-    monkeypatch.setattr(shared.chunk.ddp_config, option, True)
-    with pytest.raises(OISDError, match=rf"{option}=True is not supported"):
-        shared.attach()
-    shared.attach(replace(CONFIG, **harmless)).detach()
 
 
 def test_a_vocabulary_larger_than_the_unembedding_is_refused(shared):
@@ -656,7 +640,8 @@ def test_metrics_without_advantage_are_zero_and_without_a_loss_absent(model, bat
     oisd = model.attach(replace(CONFIG, lambda_attn=0.0))
     model.train(oisd, replace(batch, advantages=torch.zeros(4)))
     metrics = oisd.metrics()
-    assert set(metrics) == {"oisd/think", *(f"oisd/{n}/layer_2" for n in ("think", "js", "think_weight"))}
+    transport = {"time/oisd_wait", *(f"oisd/transport/{n}" for n in ("teacher_bytes", "lens_bytes", "buffers"))}
+    assert set(metrics) == {"oisd/think", *(f"oisd/{n}/layer_2" for n in ("think", "js", "think_weight")), *transport}
     assert set(metrics.values()) == {0.0}
     oisd.detach()
     assert model.attach(replace(CONFIG, lambda_think=0.0, lambda_attn=0.0)).metrics() == {}
