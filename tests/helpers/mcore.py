@@ -93,9 +93,9 @@ class Rollouts:
     lengths: list[int]
 
 
-def make_rollouts(num_sequences: int = 4) -> Rollouts:
+def make_rollouts(num_sequences: int = 4, seed: int = 11) -> Rollouts:
     """Ragged sequences, advantages of both signs, one clipped, one exactly zero, ratios off 1."""
-    generator = torch.Generator().manual_seed(11)
+    generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, VOCAB, (num_sequences, LENGTH), generator=generator)
     lengths = [24, 32, 16, 28][:num_sequences]  # multiples of 4: CP 2 cuts sequences into 4 parts
     mask = torch.zeros(num_sequences, LENGTH, dtype=torch.bool)
@@ -549,10 +549,9 @@ class DenseLosses:
     """GRPO + OISD straight from the equations, sequence by sequence; gradients by plain autograd."""
 
     def __init__(self, model: Any, layout: Layout, batch: Rollouts) -> None:
-        from megatron_oisd.losses.attention import sample_query_positions
         from megatron_oisd.pipeline.checks import shared_sliding_window
 
-        self.model, self.layout, self.batch = model, layout, batch
+        self.model, self.layout = model, layout
         self.oisd = layout.oisd or replace(OISD_CONFIG, lambda_think=0.0, lambda_attn=0.0)
         self.kept: dict[Any, Any] = {}
         window = shared_sliding_window(model.config, (*self.oisd.layers, 4))
@@ -563,8 +562,15 @@ class DenseLosses:
             layer.self_attention.core_attention.register_forward_hook(
                 partial(self._keep_scores, number, layer.self_attention), with_kwargs=True
             )
+        self.take(batch, layout.steps - 1)
+
+    def take(self, batch: Rollouts, step: int) -> None:
+        """Go on with another batch, as that of optimizer step ``step``."""
+        from megatron_oisd.losses.attention import sample_query_positions
+
+        self.batch = batch
         self.queries = sample_query_positions(
-            batch.mask, num_queries=self.oisd.attn_queries, seed=self.oisd.seed, step=layout.steps - 1,
+            batch.mask, num_queries=self.oisd.attn_queries, seed=self.oisd.seed, step=step,
             sequence_ids=list(range(len(batch.tokens))),
         )  # fmt: skip
 
