@@ -150,7 +150,7 @@ def describe(layout: Layout) -> str:
     parts = ["students " + ", ".join(map(str, oisd.layers)), "tied" if layout.tied else "untied"]
     parts += [] if oisd.head_gradient else ["head gradient off"]
     parts += [f"micro-batch {layout.micro_batch}"] if layout.micro_batch > 1 else []
-    parts += [f"{name}={value}" for name, value in layout.config]
+    parts += [f"{name}={value}".replace("|", "\\|") for name, value in layout.config]
     return "; ".join(parts)
 
 

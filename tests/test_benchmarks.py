@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
-from benchmarks import attention, contenders, harness, losses, topk_error
+from benchmarks import attention, contenders, harness, losses, overhead, topk_error, transport, updates
 
 ROOT = Path(__file__).resolve().parents[1]
 NUMBER = 250_000  # one tensor of a megabyte
@@ -159,3 +161,69 @@ def test_committed_rows_are_whole():
         assert "environment" in lines[0]
         assert len(lines) > 1
         assert path.name in page
+
+
+def test_a_teacher_is_a_twentieth_of_fp32_distributions_at_most():
+    """Counted, not timed: Qwen3-4B's vocabulary and width on TP 8, what one tensor-parallel rank sends."""
+    sizes = {"tokens": 2048, "vocabulary": 152064, "hidden": 2560, "heads": 32, "tp": 8}
+    broadcast = 4 * sizes["tokens"] * sizes["vocabulary"] // sizes["tp"]
+    for payload, at_most in {"hidden": 1 / 20, "topk": 1 / 20, "logits": 0.51}.items():
+        assert sum(part.num_bytes for part in transport.message_parts(payload, **sizes)) < at_most * broadcast
+
+
+def test_transport_on_a_tiny_model(tmp_path, capsys):
+    arguments = ["--tiny", "--tokens", "16", "--vocabulary", "8192", "--hidden", "32", "--heads", "8"]
+    transport.main([*arguments, "--repeats", "1", "--steps", "1", "--out", str(tmp_path)])
+    lines = [json.loads(line) for line in (tmp_path / "transport-cpu.jsonl").read_text().splitlines()][1:]
+    messages = [row for row in lines if row["part"] == "messages"]
+    assert [row["payload"] for row in messages] == ["hidden", "logits", "topk", "broadcast"]
+    assert messages[0]["bytes_ratio"] < 1 == messages[-1]["bytes_ratio"]
+    waiting = [row for row in lines if row["part"] == "waiting"]
+    assert [(row["stage"], row["buffers"]) for row in waiting] == [(0, 4), (1, 3), (2, 2)], "bounded by P - s"
+    assert "wait / step" in capsys.readouterr().out
+
+
+def test_overhead_on_a_tiny_model(tmp_path):
+    overhead.main(["--device", "cpu", "--tiny", "--repeats", "1", "--out", str(tmp_path)])
+    rows = [json.loads(line) for line in (tmp_path / "overhead-cpu.jsonl").read_text().splitlines()][1:]
+    assert len(rows) == 3 * 5
+    assert {row["ratio"] for row in rows if row["update"] == "GRPO"} == {1.0}
+
+
+class _Operations(TorchDispatchMode):
+    """PyTorch's own counts; its FlopCounterMode hooks modules, which the gradient within a tap's backward forbids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        packet = torch.ops.aten.addmm if func._overloadpacket is torch.ops.aten.addmm_ else func._overloadpacket
+        if packet in flop_registry:
+            self.total += flop_registry[packet](*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def test_operations_of_an_update_are_those_that_pytorch_counts():
+    """On one rank, where every matrix product is seen; Megatron's unfused attention computes whole scores."""
+    from megatron_oisd.config import OISDConfig
+    from megatron_oisd.runtime import cpu
+
+    shape = updates.Shape.tiny()
+    was_installed = cpu.is_installed()
+    try:
+        with updates.Updates(shape) as run:
+            with _Operations() as counter:
+                run.run(oisd=False)
+            grpo = counter.total
+            run.attach(OISDConfig(layers=(1,), lambda_attn=0.0))
+            with _Operations() as counter:
+                run.run(oisd=True)
+            added = counter.total - grpo
+    finally:
+        if not was_installed:
+            cpu.uninstall()
+    half = 3 * 2 * shape.layers * shape.length * shape.heads * shape.head_dim * shape.length * shape.microbatches
+    assert grpo == pytest.approx(shape.flops() + half, rel=1e-3)
+    assert added == pytest.approx(shape.lens_flops(1), rel=1e-6)

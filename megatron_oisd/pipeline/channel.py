@@ -130,7 +130,8 @@ class Channel:
         received already in every schedule of Megatron's (see :func:`in_flight`).
         """
         self.check()
-        while len(self._sent) >= self.limit:
+        # Gloo never calls a send completed before it is waited for, NCCL does.
+        while self._sent and (len(self._sent) >= self.limit or all(work.is_completed() for work in self._sent[0][0])):
             self._finish_oldest()
         parts = [Part(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
         buffer = self._buffers.take(_size(parts))
