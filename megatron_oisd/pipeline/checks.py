@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 
 from megatron_oisd.config import OISDConfig
 from megatron_oisd.errors import OISDError
 from megatron_oisd.losses.attention import common_sliding_window
+from megatron_oisd.losses.numerics import Group
 
 # Option of TransformerConfig -> why it cannot be supported and what to do instead.
 _REFUSED = {
@@ -71,6 +73,37 @@ def check_model(
             )
     for model in models:
         _check_layers(model, config)
+
+
+def check_agreement(settings: dict[str, Any], groups: Sequence[Group]) -> None:
+    """Raise :class:`OISDError` on every rank where any two of them have different settings.
+
+    Other settings mean other messages, hence a hang, or the same messages with another meaning.
+
+    Args:
+        settings: this rank's, by name.
+        groups: process groups that together join all ranks of the model; one small object collective over each.
+    """
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    found = ""
+    for group in groups:
+        if group is None or group.size() == 1:
+            continue
+        gathered: list[Any] = [None] * group.size()
+        dist.all_gather_object(gathered, (rank, settings, found), group=group)
+        # What one group found travels on with its ranks, so that all of them raise and none waits for the others.
+        messages = [message for _, _, message in gathered if message]
+        first, expected, _ = gathered[0]
+        messages += [
+            f"{name} is {value!r} on rank {first} and {theirs[name]!r} on rank {other}: every rank must construct OISD "
+            "with the same arguments; check the flags and files of both ranks' machines"
+            for other, theirs, _ in gathered
+            for name, value in expected.items()
+            if theirs[name] != value
+        ]
+        found = messages[0] if messages else found
+    if found:
+        raise OISDError(found)
 
 
 def _check_context_parallel(size: int, given: int) -> None:

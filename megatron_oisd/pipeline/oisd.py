@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from megatron_oisd.config import OISDConfig
 from megatron_oisd.errors import OISDError
 from megatron_oisd.losses.numerics import Group, group_size, valid_columns
 from megatron_oisd.pipeline.channel import Channel, Traffic, in_flight, open_channels
-from megatron_oisd.pipeline.checks import check_model, shared_sliding_window
+from megatron_oisd.pipeline.checks import check_agreement, check_model, shared_sliding_window
 from megatron_oisd.pipeline.exchange import TeacherExchange
 from megatron_oisd.pipeline.lens import Lens, output_weight
 from megatron_oisd.pipeline.metrics import Metrics
@@ -77,6 +78,8 @@ class OISD:
     ) -> None:
         self.config = config
         self.tp_group, self.pp_group, self.dp_group, self.cp_group = tp_group, pp_group, dp_group, cp_group
+        arguments = {"vocab_size": vocab_size, "microbatches_in_flight": microbatches_in_flight}
+        check_agreement(asdict(config) | arguments, (pp_group, tp_group, dp_group))
         models = [unwrap(chunk) for chunk in model_chunks]
         self._model_config = models[0].config
         check_model(self._model_config, config, model_chunks, models, cp_size=group_size(cp_group))

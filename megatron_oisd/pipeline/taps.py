@@ -110,7 +110,9 @@ class Taps:
                     continue
                 if self.config.lambda_think > 0:
                     self._hooks.append(
-                        layer.register_forward_hook(partial(self._after_student, chunk, layer.layer_number))
+                        layer.register_forward_hook(
+                            partial(self._after_student, chunk, layer.layer_number), with_kwargs=True
+                        )
                     )
                 if self.config.lambda_attn > 0:
                     self._hook_attention(layer, partial(self._after_student_attention, chunk, layer.layer_number))
@@ -144,10 +146,13 @@ class Taps:
         # Recomputation inside backward: microbatches come back in the order they went, so it is the oldest pending.
         return next((entry for entry in chunk.waiting if tap in entry.pending), None)
 
-    def _after_student(self, chunk: Chunk, layer: int, module: nn.Module, args: Any, output: Any) -> Any:
+    def _after_student(
+        self, chunk: Chunk, layer: int, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
+    ) -> Any:
         entry = self._binding(chunk, ("think", layer))
         if entry is None:
             return None
+        _check_packed(kwargs, entry)
         hidden = output[0] if isinstance(output, tuple) else output
         rows, mine = self._local_rows(entry, hidden)
         saved = hidden.detach().flatten(0, 1)[rows]
@@ -315,13 +320,18 @@ def _check_shape(entry: Microbatch, length: int, rows: int) -> None:
         )
 
 
-def _query_and_key(args: tuple[Any, ...], kwargs: dict[str, Any], entry: Microbatch) -> tuple[Tensor, Tensor]:
-    """What core attention was given: ``[s, b, heads, d]``, packed ``[t, heads, d]``."""
-    if (kwargs.get("packed_seq_params") is not None) != entry.packed:
+def _check_packed(kwargs: dict[str, Any], entry: Microbatch) -> None:
+    """Sequences that only one side knows to be packed would be one sequence to the other, with other means."""
+    if "packed_seq_params" in kwargs and (kwargs["packed_seq_params"] is not None) != entry.packed:
         raise OISDError(
             f"the model ran {'without' if entry.packed else 'with'} packed_seq_params but OISD.microbatch() was called "
             f"{'with' if entry.packed else 'without'} it: pass the same packed_seq_params to both"
         )
+
+
+def _query_and_key(args: tuple[Any, ...], kwargs: dict[str, Any], entry: Microbatch) -> tuple[Tensor, Tensor]:
+    """What core attention was given: ``[s, b, heads, d]``, packed ``[t, heads, d]``."""
+    _check_packed(kwargs, entry)
     query = args[0] if args else kwargs["query"]
     key = args[1] if len(args) > 1 else kwargs["key"]
     _check_shape(entry, *_with_rows(query).shape[:2])

@@ -520,6 +520,63 @@ def test_a_mask_of_another_shape_than_the_models_input_is_refused(shared, batch,
     oisd.detach()
 
 
+@pytest.mark.parametrize("losses", [{}, {"lambda_attn": 0.0}, {"lambda_think": 0.0}], ids=["both", "think", "attn"])
+def test_packing_that_only_one_side_knows_of_is_refused(shared, batch, losses):
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    borders = torch.tensor([0, 10, 24], dtype=torch.int32)
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=borders, cu_seqlens_kv=borders)
+    fields = {"loss_mask": batch.mask[:1], "advantages": torch.ones(1, 24)}
+    oisd = shared.attach(replace(CONFIG, **losses))
+    with (
+        pytest.raises(
+            OISDError, match=r"^the model ran without packed_seq_params but OISD.microbatch\(\) was called with"
+        ),
+        oisd.step(num_microbatches=1, num_sequences=1, num_tokens=9),
+        oisd.microbatch(shared.chunk, packed_seq_params=packed, **fields),
+    ):
+        shared.forward(batch.tokens[:1])
+    oisd.detach()
+
+
+@pytest.mark.parametrize(
+    ("borders", "fields", "message"),
+    [
+        ([0, 10, 24], {"loss_mask": torch.ones(2, 24)}, r"loss_mask has 2 rows: packed sequences stand in one row"),
+        ([0, 10, 25], {}, r"cu_seqlens is \[0, 10, 25\]: expected borders that rise from 0 to at most 24"),
+        ([1, 24], {}, r"cu_seqlens is \[1, 24\]"),
+        ([0, 9, 5, 24], {}, r"cu_seqlens is \[0, 9, 5, 24\]"),
+        ([0, 10], {}, r"loss_mask is set after cu_seqlens ends at 10"),
+        (
+            [0, 10, 24],
+            {"advantages": torch.ones(1)},
+            r"advantages has shape \[1\]: expected one for each packed sequence",
+        ),
+        ([0, 10, 24], {"advantages": torch.ones(3)}, r"advantages has shape \[3\]"),
+        (
+            [0, 10, 24],
+            {"sequence_ids": [7]},
+            r"mask is set at or after position 10, behind the last of the 1 sequences",
+        ),
+    ],
+    ids=["rows", "too long", "start", "falling", "outside", "few advantages", "many advantages", "ids"],
+)
+def test_malformed_packing_is_refused(shared, borders, fields, message):
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    cu_seqlens = torch.tensor(borders, dtype=torch.int32)
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens)
+    good = {"loss_mask": torch.ones(1, 24), "advantages": torch.ones(2), "packed_seq_params": packed}
+    oisd = shared.attach()
+    with (
+        oisd.step(num_microbatches=1, num_sequences=2, num_tokens=24),
+        pytest.raises(OISDError, match=message),
+        oisd.microbatch(shared.chunk, **good | fields),
+    ):
+        raise AssertionError("the microbatch must not begin")
+    oisd.detach()
+
+
 def test_a_model_that_is_not_attached_is_refused(shared, batch):
     oisd = shared.attach()
     other = SimpleNamespace(decoder=None, training=True)
