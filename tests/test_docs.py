@@ -84,7 +84,9 @@ def test_the_example_of_the_architecture_page_runs(tmp_path: Path) -> None:
     # Without a launcher's variables, so that the example makes a group of one process.
     launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     environment = {name: value for name, value in os.environ.items() if name not in launcher}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # What was there comes first: it may hold another Megatron-Core (tools/check_versions.py).
+    paths = [*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)]
+    environment |= {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [sys.executable, "-W", "ignore", str(script)], env=environment, capture_output=True, text=True, timeout=120,
         check=False,

@@ -265,7 +265,7 @@ def _whole_iteration(directory: Path, iteration: int | None) -> Path:
     if not path.is_dir():
         there = sorted(p.name for p in directory.glob("iter_*")) if directory.is_dir() else []
         raise OISDError(f"{path} does not exist: expected one of {', '.join(there) or 'no iterations at all'}; {cure}")
-    for name in ("metadata.json", "common.pt", ".metadata"):
+    for name in ("metadata.json", ".metadata"):
         if not (path / name).is_file():
             raise OISDError(f"checkpoint {path} is incomplete: {name} is missing; {cure}")
     from torch.distributed.checkpoint import FileSystemReader
@@ -282,6 +282,7 @@ def _whole_iteration(directory: Path, iteration: int | None) -> Path:
         raise OISDError(
             f"checkpoint {path} is damaged: its metadata cannot be read ({brief(error)}); {cure}"
         ) from error
+    _check_common_state(path, metadata.state_dict_metadata, cure)
     for name, end in sorted(ends.items()):
         file_path = path / name
         if not file_path.is_file():
@@ -291,6 +292,22 @@ def _whole_iteration(directory: Path, iteration: int | None) -> Path:
                 f"checkpoint {path} is damaged: {name} has {file_path.stat().st_size} bytes, expected {end}; {cure}"
             )
     return path
+
+
+def _check_common_state(path: Path, entries: dict[str, Any], cure: str) -> None:
+    """Plain values lie in ``common.pt`` or, since Megatron-Core 0.19, among the sharded objects."""
+    if (path / "common.pt").is_file():
+        return
+    if not any(name.split("/")[0] == "common_state" for name in entries):
+        raise OISDError(f"checkpoint {path} is incomplete: common.pt is missing; {cure}")
+    from megatron.core import __version__
+    from megatron.core.dist_checkpointing import serialization
+
+    if not hasattr(serialization, "_legacy_common_state_exists"):  # it came with the reader of the newer form
+        raise OISDError(
+            f"checkpoint {path} has no common.pt: it was written by megatron-core 0.19 or newer, not readable by the "
+            f"installed {__version__}; install megatron-core>=0.19, or export it to HF there and convert it again here"
+        )
 
 
 def _on_rank_0(function: Callable[[], None], what: str) -> None:

@@ -23,6 +23,7 @@ _REFUSED = {
     "enable_cuda_graph": "hooks do not run in replayed graphs; switch CUDA graphs off",
     "external_cuda_graph": "hooks do not run in replayed graphs; switch CUDA graphs off",
     "enable_mhc_connections": "hidden states hold several streams before they are contracted; switch it off",
+    "enable_hyper_connections": "hidden states hold several streams before they are contracted; switch it off",
     "fp32_residual_connection": "hidden states have another type than the unembedding; switch it off",
     "use_mup": "the lens does not apply its logit scaling; switch it off",
     "fp8": "recomputation under fp8 goes through another checkpoint function; train in bf16",
@@ -54,6 +55,12 @@ def check_model(
         value = getattr(model_config, name, None)
         if value:
             raise OISDError(f"{name}={value!r} is not supported by OISD: {reason}")
+    weight_shards = getattr(model_config, "gtp_weight_remat_size", 1)
+    if weight_shards > 1:
+        raise OISDError(
+            f"gtp_weight_remat_size={weight_shards} is not supported by OISD: the lens reads whole tensor-parallel "
+            "shards of the unembedding; leave tensor_parallel_num_weight_shards unset"
+        )
     cuda_graphs = getattr(model_config, "cuda_graph_impl", "none")
     if cuda_graphs not in (None, "none"):
         raise OISDError(

@@ -38,6 +38,7 @@ from megatron_oisd.pipeline.microbatch import Shards, StepScale, make_microbatch
 from megatron_oisd.pipeline.overlap import HeldBuckets, gather_parameters
 from megatron_oisd.pipeline.placement import Source, find_placement, unwrap
 from megatron_oisd.pipeline.taps import Chunk, Taps
+from megatron_oisd.pipeline.versions import check_megatron
 
 # Room for the numbers of the sequences packed into one microbatch.
 _PACKED_IDS = 1 << 20
@@ -80,6 +81,9 @@ class OISD:
         self.tp_group, self.pp_group, self.dp_group, self.cp_group = tp_group, pp_group, dp_group, cp_group
         arguments = {"vocab_size": vocab_size, "microbatches_in_flight": microbatches_in_flight}
         check_agreement(asdict(config) | arguments, (pp_group, tp_group, dp_group))
+        if config.enabled:
+            ddp: list[Any] = [getattr(chunk, "ddp_config", None) for chunk in model_chunks]
+            check_megatron(overlap=any(it and (it.overlap_grad_reduce or it.overlap_param_gather) for it in ddp))
         models = [unwrap(chunk) for chunk in model_chunks]
         self._model_config = models[0].config
         check_model(self._model_config, config, model_chunks, models, cp_size=group_size(cp_group))

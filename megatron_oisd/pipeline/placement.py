@@ -87,8 +87,9 @@ def find_placement(models: list[Any], pp_group: Group) -> Placement:
                 heads.append((stage, number))
                 if not has_norm:
                     raise OISDError(
-                        f"pipeline stage {stage} has the output layer but not the final norm (MTP layers on a stage "
-                        "of their own): place the last decoder layer and the MTP layers on the last stage"
+                        f"pipeline stage {stage} has the output layer but no decoder.final_layernorm beside it: place "
+                        "the last decoder layer and any MTP layers on the last stage; models without a norm of that "
+                        "name (hybrid ones) are not supported"
                     )
     num_layers = max(where, default=0)
     missing = sorted(set(range(1, num_layers + 1)) - set(where))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_oisd.convert import checkpoint
 from megatron_oisd.convert.checkpoint import latest_iteration, load_model, read_arguments, save_model, stored_dtype
 from megatron_oisd.convert.families import arguments_from_hf_config
 from megatron_oisd.convert.hf_files import SafetensorsDirectory, read_hf_config, tokenizer_size
@@ -179,7 +180,8 @@ def test_damaged_checkpoints_are_refused_with_one_line(mcore: dict[bool, Path], 
     data = next(damaged("garbage").glob("*.distcp"))
     data.write_bytes(b"\0" * data.stat().st_size)
     cases["garbage"] = ["cannot be loaded", "damaged"]
-    for name in (".metadata", "metadata.json", "common.pt"):
+    has_common = (mcore[True] / "iter_0000000" / "common.pt").is_file()  # until Megatron-Core 0.18
+    for name in (".metadata", "metadata.json", *(["common.pt"] if has_common else [])):
         (damaged(f"no{name}") / name).unlink()
         cases[f"no{name}"] = [f"{name} is missing"]
     (damaged("bad metadata") / ".metadata").write_bytes(b"not a pickle")
@@ -200,6 +202,20 @@ def test_damaged_checkpoints_are_refused_with_one_line(mcore: dict[bool, Path], 
         assert str(tmp_path / name) in message
         for word in words:
             assert word in message, name
+
+
+def test_a_checkpoint_of_a_newer_megatron_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.dist_checkpointing import serialization
+
+    monkeypatch.setattr(serialization, "_legacy_common_state_exists", None, raising=False)
+    checkpoint._check_common_state(tmp_path, {"common_state/shard_0_1": None}, "cure")
+    monkeypatch.delattr(serialization, "_legacy_common_state_exists")
+    with pytest.raises(OISDError, match=r"megatron-core 0\.19 or newer"):
+        checkpoint._check_common_state(tmp_path, {"common_state/shard_0_1": None}, "cure")
+    with pytest.raises(OISDError, match=r"common\.pt is missing; cure"):
+        checkpoint._check_common_state(tmp_path, {"model": None}, "cure")
+    (tmp_path / "common.pt").touch()
+    checkpoint._check_common_state(tmp_path, {"model": None}, "cure")
 
 
 def test_every_rank_of_a_damaged_load_fails(mcore: dict[bool, Path], tmp_path: Path) -> None:

@@ -133,13 +133,13 @@ def transformer(layout: Layout) -> Any:
         }  # fmt: skip
     if layout.model == "mla":
         overrides |= {
-            "multi_latent_attention": True, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_head_dim": 16,
+            "multi_latent_attention": True, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_head_dim": 32,
             "qk_pos_emb_head_dim": 8, "v_head_dim": 32, "rope_type": "rope", "num_query_groups": 4,
         }  # fmt: skip
     if layout.model == "window":
         overrides |= {"window_size": (5, 0), "window_attn_skip_freq": 2}
     if layout.model == "mtp":
-        overrides |= {"mtp_num_layers": 1}
+        overrides |= {"mtp_num_layers": 1, "mtp_loss_scaling_factor": 0.1}
     overrides |= {name: value for name, value in layout.config if name != "frozen"}
     make: Any = transformer_config
     if layout.model == "mla":

@@ -194,10 +194,16 @@ REFUSED = {
     "fp32_residual_connection": True,
     "use_mup": True,  # from megatron-core 0.17 on
     "enable_mhc_connections": True,  # later still
+    "enable_hyper_connections": True,
+    "gtp_weight_remat_size": 2,
     "context_parallel_size": 2,
     "cuda_graph_impl": "local",
 }
-NEWER = {"use_mup", "enable_mhc_connections"}
+# Options that some tested release does not have (yet).
+NEWER = {
+    *("use_mup", "fine_grained_activation_offloading", "experimental_attention_variant", "gtp_weight_remat_size"),
+    *("enable_mhc_connections", "enable_hyper_connections"),
+}
 ATTENTION_ONLY = {
     "softmax_type": "off-by-one",
     "apply_query_key_layer_scaling": True,
