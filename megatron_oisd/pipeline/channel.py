@@ -17,6 +17,7 @@ import time
 import zlib
 from collections import deque
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -216,14 +217,19 @@ class Channel:
         """Raise :class:`OISDError` where an abandoned message would be taken for the next one."""
         if self._broken:
             raise OISDError(
-                "a step failed while a teacher was under way to its student's stage: construct OISD again on every rank"
+                "a step failed while a teacher was under way to its student's stage: right after a step is abandoned, "
+                "detach OISD and construct it again on every rank"
             )
 
     def finish(self) -> None:
         """Wait for the posted sends and drop what is left: the end of a step."""
+        self.wait_for_sends()
+        self.clear()
+
+    def wait_for_sends(self) -> None:
+        """Wait until every posted message has been received."""
         while self._sent:
             self._finish_oldest()
-        self.clear()
 
     def clear(self) -> None:
         """Drop all state without waiting: after an error."""
@@ -285,6 +291,18 @@ def _views(buffer: Tensor, parts: list[Part]) -> list[Tensor]:
     return views
 
 
+def _timeout(group: dist.ProcessGroup, device: torch.device) -> timedelta | None:
+    """The group's timeout, which a stage that waits on a lane beside it shall share; None: torch's default.
+
+    Torch has no public way to ask; where its private one is gone the default holds.
+    """
+    try:
+        options: Any = group._get_backend(device).options
+        return options._timeout
+    except (AttributeError, RuntimeError):
+        return None
+
+
 def open_channels(
     pp_group: dist.ProcessGroup,
     *,
@@ -312,14 +330,15 @@ def open_channels(
     pipelines: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(pipelines, tuple(mine))
     here, channels = pp_group.rank(), {}
+    timeout = _timeout(pp_group, device)
     for ranks in sorted(set(pipelines)):
         for number, (source, target) in enumerate(lanes):
             if source == target:
                 continue
             pair = sorted((ranks[source], ranks[target]))
-            group = dist.new_group(pair)
+            group = dist.new_group(pair, timeout=timeout)
             # Asked of the default group: a rank outside the new one cannot ask it, and all must decide alike.
-            control = None if dist.get_backend() == "gloo" else dist.new_group(pair, backend="gloo")
+            control = None if dist.get_backend() == "gloo" else dist.new_group(pair, backend="gloo", timeout=timeout)
             if ranks == tuple(mine) and here in (source, target):
                 channels[number, target] = Channel(
                     group, control=control, source=ranks[source], target=ranks[target], device=device,

@@ -312,6 +312,10 @@ class OISD:
         if self._lens is not None and self._trains_head:
             self._lens.return_gradients(self._lens_channels, self._remote_heads)
             self._held.release()
+        # As at the step's end: the students' backwards are over or will be without us. A step that is abandoned after
+        # its schedule then leaves nothing under way.
+        for channel in self._channels.values():
+            channel.wait_for_sends()
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics of the steps since the last call, equal on all ranks; collective over all groups.

@@ -54,6 +54,7 @@ def initialize(
         tensor_model_parallel_size=tensor_parallel,
         pipeline_model_parallel_size=pipeline_parallel,
         virtual_pipeline_model_parallel_size=virtual_pipeline,
+        distributed_timeout_minutes=timeout_s / 60,
     )
     torch.manual_seed(seed)
     megatron_tp.model_parallel_cuda_manual_seed(seed)

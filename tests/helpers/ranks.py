@@ -9,7 +9,8 @@ import queue
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any
 
 MAX_RANKS = 4  # two cores: more would only wait for each other
@@ -24,17 +25,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     The function and its arguments must be picklable (module level). A rank that raises fails the test with its
     traceback, a rank that hangs with the names of those missing; the others are killed in either case.
     """
-    assert 1 <= world_size <= MAX_RANKS
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    results: Any = _context.Queue()
-    processes = [
-        _context.Process(target=_entry, args=(rank, world_size, port, results, function, args), daemon=True)
-        for rank in range(world_size)
-    ]
-    for process in processes:
-        process.start()
+    processes, results = _start(world_size, function, args)
     outcome: dict[int, Any] = {}
     deadline = time.monotonic() + timeout_s
     try:
@@ -58,6 +49,64 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
                 process.kill()
             process.join()
     return [outcome[rank] for rank in range(world_size)]
+
+
+@dataclass
+class Ending:
+    """How one rank ended: it returned ``value``, raised ``error`` (a traceback) or was killed by ``signal``."""
+
+    value: Any = None
+    error: str = ""
+    signal: int = 0
+
+
+def endings(
+    world_size: int, function: Callable[..., Any], *args: Any, limit_s: float, stopped: Collection[int] = ()
+) -> list[Ending]:
+    """Like :func:`run_ranks`, for runs that are meant to go wrong: how every rank ended, by itself, within ``limit_s``.
+
+    Only the ``stopped`` ranks are not waited for; they are killed when the others have ended.
+    """
+    processes, results = _start(world_size, function, args)
+    others = [process for rank, process in enumerate(processes) if rank not in stopped]
+    found = [Ending() for _ in processes]
+    deadline = time.monotonic() + limit_s
+    try:
+        while True:
+            over = all(process.exitcode is not None for process in others)
+            try:
+                rank, ok, payload = results.get(timeout=0.05)
+                found[rank] = Ending(value=pickle.loads(payload)) if ok else Ending(error=payload)
+            except queue.Empty:
+                if over:
+                    break
+                if time.monotonic() > deadline:
+                    alive = [rank for rank, process in enumerate(processes) if process.exitcode is None]
+                    said = "\n".join(ending.error for ending in found)
+                    raise AssertionError(f"ranks {alive} hang, {limit_s} s after the start\n{said}") from None
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    for ending, process in zip(found, processes, strict=True):
+        ending.signal = max(0, -(process.exitcode or 0))
+    return found
+
+
+def _start(world_size: int, function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[list[Any], Any]:
+    """The processes, started, and the queue of what they bring back."""
+    assert 1 <= world_size <= MAX_RANKS
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    results: Any = _context.Queue()
+    processes = [
+        _context.Process(target=_entry, args=(rank, world_size, port, results, function, args), daemon=True)
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    return processes, results
 
 
 def _entry(
