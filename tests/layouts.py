@@ -66,6 +66,7 @@ LAYOUTS = [
     Layout("PP 2, VPP 2, uneven layout", pp=2, vpp=2, oisd=SEVERAL, config=_pipeline("E|tt|t|tL")),
     Layout("PP 2, VPP 2, loss alone on a chunk", pp=2, vpp=2, oisd=SEVERAL, config=_pipeline("Et|t|tt|L")),
     Layout("PP 2, VPP 4", pp=2, vpp=4, oisd=SEVERAL, config=_pipeline("E|t|t||t|t||L")),
+    Layout("PP 4, VPP 2", pp=4, vpp=2, oisd=SEVERAL, config=_pipeline("E|t||t|t||t|L")),
     Layout("TP 2, PP 2, VPP 2, sequence parallel", tp=2, pp=2, vpp=2, sequence_parallel=True, oisd=SEVERAL),
     # Data parallel
     Layout("DP 2, distributed optimizer", dp=2, ddp=DISTRIBUTED),
@@ -92,6 +93,7 @@ LAYOUTS = [
     Layout("PP 2, variable sequence lengths", pp=2, variable=True),
     Layout("PP 2, VPP 2, variable sequence lengths", pp=2, vpp=2, variable=True, oisd=SEVERAL),
     Layout("CP 2", cp=2, oisd=SEVERAL),
+    Layout("CP 4", cp=4, oisd=LATE),
     Layout("CP 2, PP 2", cp=2, pp=2, oisd=SEVERAL, tied=True),
     Layout("CP 2, TP 2, sequence parallel, packed", cp=2, tp=2, sequence_parallel=True, packed=True, micro_batch=2),
     Layout("CP 2, PP 2, mean loss", cp=2, pp=2, per_token_loss=False),

@@ -55,6 +55,12 @@ LAYOUTS = [
     ),
 ]  # fmt: skip
 
+HALF = [
+    Layout("bf16, fp32 gradients, PP 2", pp=2, oisd=OISD, dtype=torch.bfloat16),
+    Layout("fp16, Megatron's gradient scaler, PP 2", pp=2, oisd=OISD, dtype=torch.float16),
+]
+"""Half precision: weights are rounded in every step, so that they follow for some steps and not closely."""
+
 Trajectory = dict[str, list[float]]
 
 
@@ -125,8 +131,10 @@ def on_layout(layout: Layout, steps: int = STEPS, sabotage: str = "") -> Traject
             adam_beta2=0.999, adam_eps=1e-8,
             use_distributed_optimizer=bool(dict(layout.ddp).get("use_distributed_optimizer")),
             overlap_param_gather=bool(dict(layout.ddp).get("overlap_param_gather")),
+            bf16=layout.dtype is torch.bfloat16, fp16=layout.dtype is torch.float16, initial_loss_scale=2.0**8,
         )  # fmt: skip
         optimizer = get_megatron_optimizer(options, training.chunks)
+        training.config.grad_scale_func = optimizer.scale_loss
         # It is the scheduler that spares vectors from decay.
         scheduler = OptimizerParamScheduler(
             optimizer, init_lr=0.0, max_lr=LEARNING_RATE, min_lr=LEARNING_RATE, lr_warmup_steps=0, lr_decay_steps=2,

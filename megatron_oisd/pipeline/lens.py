@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from megatron_oisd.losses.numerics import Group, group_size
 from megatron_oisd.pipeline.channel import Channel
+from megatron_oisd.pipeline.placement import device_of
 
 
 def output_weight(model: Any) -> Tensor | None:
@@ -58,11 +59,10 @@ class Lens:
         if is_owner:
             self.norm: nn.Module = next(m.decoder.final_layernorm for m in models if m.post_process)
         else:
-            self.norm = _build_norm(models[0], config)
+            self.norm = _build_norm(models, config)
         if weight is None:
             rows = models[0].vocab_size // group_size(tp_group)
-            reference = next(iter(models[0].parameters()))
-            weight = torch.zeros(rows, config.hidden_size, dtype=config.params_dtype, device=reference.device)
+            weight = torch.zeros(rows, config.hidden_size, dtype=config.params_dtype, device=device_of(models))
         self.head: Tensor = weight
         self._head_gradient: Tensor | None = None
         self._head_waits = False
@@ -164,14 +164,13 @@ class Lens:
         self._norm_gradients, self._head_waits = None, False
 
 
-def _build_norm(model: Any, config: Any) -> nn.Module:
+def _build_norm(models: list[Any], config: Any) -> nn.Module:
     from megatron.core.transformer.spec_utils import build_module
 
     norm = build_module(
-        model.decoder.submodules.layer_norm,
+        models[0].decoder.submodules.layer_norm,
         config=config,
         hidden_size=config.hidden_size,
         eps=config.layernorm_epsilon,
     )
-    reference = next(iter(model.parameters()))
-    return norm.to(device=reference.device, dtype=config.params_dtype)
+    return norm.to(device=device_of(models), dtype=config.params_dtype)

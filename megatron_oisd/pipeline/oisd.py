@@ -36,7 +36,7 @@ from megatron_oisd.pipeline.lens import Lens, output_weight
 from megatron_oisd.pipeline.metrics import Metrics
 from megatron_oisd.pipeline.microbatch import Shards, StepScale, make_microbatch, packed_borders
 from megatron_oisd.pipeline.overlap import HeldBuckets, gather_parameters
-from megatron_oisd.pipeline.placement import Source, find_placement, unwrap
+from megatron_oisd.pipeline.placement import Source, device_of, find_placement, unwrap
 from megatron_oisd.pipeline.taps import Chunk, Taps
 from megatron_oisd.pipeline.versions import check_megatron
 
@@ -107,7 +107,7 @@ class OISD:
             )
             for number, model in enumerate(models)
         ]
-        self._device = next(iter(models[0].parameters())).device
+        self._device = device_of(models)
         self._shards = Shards(
             tensor_size=group_size(tp_group),
             tensor_rank=0 if tp_group is None else tp_group.rank(),

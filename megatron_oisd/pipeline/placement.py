@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -23,6 +24,14 @@ def unwrap(chunk: nn.Module) -> Any:
             )
         module = module.module
     return module
+
+
+def device_of(models: list[Any]) -> torch.device:
+    """Where the chunks live; a chunk, and with custom pipeline layouts a rank, may be without a parameter."""
+    for model in models:
+        for parameter in model.parameters():
+            return parameter.device
+    return torch.empty(0, device=torch.cuda.current_device()).device
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from megatron_oisd.pipeline.inject import AttentionTap, HiddenTap, anchor
 from megatron_oisd.pipeline.lens import Lens
 from megatron_oisd.pipeline.metrics import Metrics
 from megatron_oisd.pipeline.microbatch import Microbatch
-from megatron_oisd.pipeline.placement import Source
+from megatron_oisd.pipeline.placement import Source, device_of
 
 # Sampled queries per chunk of the attention loss. One query's gathered keys are K * ng * d fp32 numbers: 256 kB for
 # Qwen3-4B (64 * 8 * 128). A chunk's peak is about 3.4 times its gathered keys: near 30 MB there, and below 1 GB for 128
@@ -77,7 +77,7 @@ class Taps:
         self.config, self._model_config, self._chunks = config, model_config, chunks
         self._lens, self._valid_columns, self._head_gradient = lens, valid_columns, head_gradient
         self._exchange, self._metrics, self.tp_group, self.cp_group = exchange, metrics, tp_group, cp_group
-        self._device = next(iter(chunks[0].model.parameters())).device
+        self._device = device_of([chunk.model for chunk in chunks])
         self._hooks: list[Any] = []
         self._hook_students()
         for chunk in chunks:

@@ -2,8 +2,8 @@
 
 Why: a gradient that is right in the first step says nothing about what lives from step to step: the lens replicas, the
 buckets that are held back, the optimizer's shards. The golden file is made by ``python -m tests.trajectory --write``
-from dense losses and torch's AdamW; change it only with a reason in the commit. It does not prove bf16 trajectories:
-``test_layouts.py`` has single steps of those.
+from dense losses and torch's AdamW; change it only with a reason in the commit. Half precision runs under Megatron's
+own mixed-precision optimizer and loss scaler and follows less closely.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import pytest
 
 from tests.helpers.ranks import run_ranks
-from tests.trajectory import LAYOUTS, STEPS, dense, deviation, golden, on_layout
+from tests.trajectory import HALF, LAYOUTS, STEPS, dense, deviation, golden, on_layout
 
 # fp32 against float64 after 50 steps; the largest seen is 1e-5. Residuals of rounding cancel: seen 2.3e-7.
 TOLERANCE, RESIDUAL = 5e-5, 2e-6
@@ -28,6 +28,17 @@ def test_fifty_steps_follow_the_golden_trajectory(layout):
             largest, mean = deviation(found[name], values)
             assert largest < TOLERANCE, name
             assert abs(mean) < RESIDUAL, f"{name} drifts"
+
+
+@pytest.mark.parametrize(("layout", "tolerance"), zip(HALF, [0.08, 0.03], strict=True), ids=["bf16", "fp16"])
+def test_half_precision_follows_for_twenty_steps(layout, tolerance):
+    """fp32 gradients and main weights; fp16 under Megatron's gradient scaler, whose factor the lens must carry too."""
+    expected = golden()
+    for found in run_ranks(layout.world, on_layout, layout, 20):
+        for name, values in expected.items():
+            largest, mean = deviation(found[name], values[:20])
+            assert largest < tolerance, name
+            assert abs(mean) < 0.01, f"{name} drifts"
 
 
 @pytest.mark.parametrize(
