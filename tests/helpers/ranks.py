@@ -6,12 +6,13 @@ import multiprocessing
 import os
 import pickle
 import queue
-import socket
 import time
 import traceback
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
+
+import torch.distributed as dist
 
 MAX_RANKS = 4  # two cores: more would only wait for each other
 
@@ -25,7 +26,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     The function and its arguments must be picklable (module level). A rank that raises fails the test with its
     traceback, a rank that hangs with the names of those missing; the others are killed in either case.
     """
-    processes, results = _start(world_size, function, args)
+    processes, results, _store = _start(world_size, function, args)
     outcome: dict[int, Any] = {}
     deadline = time.monotonic() + timeout_s
     try:
@@ -67,7 +68,7 @@ def endings(
 
     Only the ``stopped`` ranks are not waited for; they are killed when the others have ended.
     """
-    processes, results = _start(world_size, function, args)
+    processes, results, _store = _start(world_size, function, args)
     others = [process for rank, process in enumerate(processes) if rank not in stopped]
     found = [Ending() for _ in processes]
     deadline = time.monotonic() + limit_s
@@ -93,20 +94,19 @@ def endings(
     return found
 
 
-def _start(world_size: int, function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[list[Any], Any]:
-    """The processes, started, and the queue of what they bring back."""
+def _start(world_size: int, function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[list[Any], Any, Any]:
+    """The processes, started, the queue of what they bring back, and the store that they meet at: keep it."""
     assert 1 <= world_size <= MAX_RANKS
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    # As torchrun does: the parent holds the store, so that nobody takes a port between asking for it and using it.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     results: Any = _context.Queue()
     processes = [
-        _context.Process(target=_entry, args=(rank, world_size, port, results, function, args), daemon=True)
+        _context.Process(target=_entry, args=(rank, world_size, store.port, results, function, args), daemon=True)
         for rank in range(world_size)
     ]
     for process in processes:
         process.start()
-    return processes, results
+    return processes, results, store
 
 
 def _entry(
@@ -114,7 +114,7 @@ def _entry(
 ) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port), OMP_NUM_THREADS="1",
+        MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True", OMP_NUM_THREADS="1",
     )  # fmt: skip
     try:
         result = pickle.dumps(function(*args))
