@@ -12,10 +12,12 @@ EXTRAS = {
     "test": ["pytest>=8", "hypothesis>=6.100", "triton>=3.1; sys_platform == 'linux'"],
     # What the losses are compared with, in tests (skipped where absent) and benchmarks.
     "bench": ["liger-kernel>=0.8", "trl>=1.16", "accelerate", "datasets"],
+    # Another converter, with which ours is compared in tests (skipped where absent); einops it uses but does not name.
+    "oracles": ["mbridge==0.15.1", "einops"],
     "lint": ["ruff>=0.8", "mypy>=1.13", "types-PyYAML", "types-tqdm"],
 }
 EXTRAS["run"] = EXTRAS["rl"] + EXTRAS["hf"]
-EXTRAS["dev"] = sorted({requirement for name, extra in EXTRAS.items() if name != "bench" for requirement in extra})
+EXTRAS["dev"] = sorted({need for name, extra in EXTRAS.items() if name not in ("bench", "oracles") for need in extra})
 
 setup(
     name="megatron_oisd",

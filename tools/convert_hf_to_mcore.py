@@ -8,9 +8,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-
-from megatron_oisd.convert.hf_to_mcore import convert_hf_to_mcore
+from megatron_oisd.convert import command_line as common
+from megatron_oisd.convert.hf_to_mcore import convert_hf_to_mcore, plan_hf_to_mcore
 from megatron_oisd.errors import command_line
 
 
@@ -20,20 +19,22 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hf", type=Path, required=True, help="HF directory: config.json, *.safetensors, tokenizer")
     parser.add_argument("--output", type=Path, required=True, help="Megatron checkpoint directory to make")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; default: as stored"
-    )
-    parser.add_argument("--no-verify", action="store_true", help="do not compare the logits of both checkpoints")
-    parser.add_argument("--force", action="store_true", help="replace an existing checkpoint")
+    common.conversion_options(parser)
     options = parser.parse_args(argv)
-    comparison = convert_hf_to_mcore(
+    dtype, prompts = common.dtype_of(options), common.prompts_of(options)
+    if options.dry_run:
+        common.print_plan(plan_hf_to_mcore(options.hf, options.output, dtype=dtype, force=options.force))
+        return
+    report = convert_hf_to_mcore(
         options.hf,
         options.output,
-        dtype=getattr(torch, options.dtype) if options.dtype else None,
-        verify=not options.no_verify,
+        dtype=dtype,
+        verify="none" if options.no_verify else options.verify,
+        prompts=prompts,
+        progress=not options.no_progress,
         force=options.force,
     )
-    print(comparison or "logits were not compared (--no-verify)")
+    common.give_report(report, options)
     print(f"wrote {options.output}")
 
 

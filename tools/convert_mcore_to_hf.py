@@ -8,9 +8,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-
-from megatron_oisd.convert.mcore_to_hf import convert_mcore_to_hf
+from megatron_oisd.convert import command_line as common
+from megatron_oisd.convert.mcore_to_hf import convert_mcore_to_hf, plan_mcore_to_hf
 from megatron_oisd.errors import command_line
 
 
@@ -21,21 +20,25 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--mcore", type=Path, required=True, help="Megatron checkpoint directory, with its hf/")
     parser.add_argument("--iteration", type=int, help="which one; default: the latest")
     parser.add_argument("--output", type=Path, required=True, help="HF directory to make")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; default: as stored"
-    )
-    parser.add_argument("--no-verify", action="store_true", help="do not compare the logits of both checkpoints")
-    parser.add_argument("--force", action="store_true", help="replace an existing checkpoint")
+    common.conversion_options(parser)
     options = parser.parse_args(argv)
-    comparison = convert_mcore_to_hf(
+    dtype, prompts = common.dtype_of(options), common.prompts_of(options)
+    if options.dry_run:
+        common.print_plan(
+            plan_mcore_to_hf(options.mcore, options.output, iteration=options.iteration, force=options.force)
+        )
+        return
+    report = convert_mcore_to_hf(
         options.mcore,
         options.output,
         iteration=options.iteration,
-        dtype=getattr(torch, options.dtype) if options.dtype else None,
-        verify=not options.no_verify,
+        dtype=dtype,
+        verify="none" if options.no_verify else options.verify,
+        prompts=prompts,
+        progress=not options.no_progress,
         force=options.force,
     )
-    print(comparison or "logits were not compared (--no-verify)")
+    common.give_report(report, options)
     print(f"wrote {options.output}")
 
 

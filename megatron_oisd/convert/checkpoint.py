@@ -10,15 +10,13 @@ Writing is synchronous and in this process. Megatron's default strategy forks wr
 which needs a main guard in the calling script and is refused inside daemonic processes; the files are the same.
 
 Everything here but :func:`latest_iteration`, :func:`read_arguments` and the HF readers is a collective over all ranks
-(``dist_checkpointing`` uses the default group) on a file system that all ranks see. Metadata files are pickles: load
-checkpoints of people you trust.
+(``dist_checkpointing`` uses the default group) on a file system that all ranks see. The pickles in a checkpoint are
+read with lists of allowed classes only, see :mod:`megatron_oisd.convert.safe_pickle`.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import shutil
 import warnings
 from collections.abc import Callable
@@ -27,11 +25,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_oisd.convert.families import arguments_from_hf_config
 from megatron_oisd.convert.hf_files import common_dtype, copy_hf_files, read_hf_config
+from megatron_oisd.convert.manifest import check_sizes, write_manifest
 from megatron_oisd.convert.output import INCOMPLETE, LATEST, brief, replace_directory, sync_directory, write_text
+from megatron_oisd.convert.safe_pickle import METADATA, read_metadata
+from megatron_oisd.convert.safetensors_io import read_json
+from megatron_oisd.convert.torch_dist import MODEL_PREFIXES, streaming_strategy
 from megatron_oisd.convert.weights import unwrap
 from megatron_oisd.errors import OISDError
 from megatron_oisd.runtime.model import ModelArguments
@@ -47,6 +49,8 @@ def save_model(
     *,
     hf_source: str | Path | None = None,
     extra_state: dict[str, Any] | None = None,
+    materialise: Callable[[Tensor], Tensor] | None = None,
+    manifest: bool = False,
 ) -> Path:
     """Write ``DIR/iter_NNNNNNN`` and make it the latest; a collective over all ranks.
 
@@ -61,6 +65,9 @@ def save_model(
         arguments: the model's shape, stored as Megatron-LM's ``args`` (which its loader reads).
         hf_source: directory whose :data:`HF_FILES` are copied to ``DIR/hf``; needed once for a new directory.
         extra_state: merged into the saved state: sharded optimizer state, or plain values equal on all ranks.
+        materialise: gives the data of parameters on the ``meta`` device when they are written, see
+            :mod:`megatron_oisd.convert.torch_dist`.
+        manifest: write ``manifest.json`` with the sha256 of every file; for a single rank.
 
     Returns:
         The directory of the iteration.
@@ -73,6 +80,8 @@ def save_model(
     directory = Path(directory)
     target = directory / iteration_name(iteration)
     work = directory / f".{target.name}{INCOMPLETE}"
+    digests: dict[str, str] | None = {} if manifest else None
+    assert not manifest or dist.get_world_size() == 1
     state = model_state(chunks)
     clash = sorted({*state, "args", "iteration", "checkpoint_version"} & set(extra_state or {}))
     assert not clash, f"extra_state may not contain {clash}"
@@ -87,6 +96,10 @@ def save_model(
             copy_hf_files(hf_source, directory / HF_DIRECTORY)
 
     def publish() -> None:
+        if manifest:
+            write_manifest(work, digests=digests)
+            if hf_source is not None:
+                write_manifest(directory / HF_DIRECTORY)
         sync_directory(work)
         replace_directory(work, target)
         write_text(directory / LATEST, f"{iteration}\n")
@@ -94,7 +107,9 @@ def save_model(
     try:
         _on_rank_0(prepare, f"cannot write checkpoint {directory}")
         _collectively(
-            lambda: dist_checkpointing.save(state, str(work), sharded_strategy=_save_strategy()),
+            lambda: dist_checkpointing.save(
+                state, str(work), sharded_strategy=streaming_strategy(materialise, digests)
+            ),
             f"cannot write checkpoint {target}",
             "check the free space and that all ranks see this file system",
         )
@@ -134,7 +149,7 @@ def load_model(
     from megatron.core.dist_checkpointing.validation import StrictHandling
 
     directory = Path(directory)
-    path = _collectively(lambda: _whole_iteration(directory, iteration), f"cannot read checkpoint {directory}", "")
+    path = _collectively(lambda: whole_iteration(directory, iteration), f"cannot read checkpoint {directory}", "")
     template = model_state(chunks)
     names = list(template)
     template |= extra_state or {}
@@ -211,43 +226,22 @@ def read_arguments(directory: str | Path) -> ModelArguments:
 
 def stored_dtype(directory: str | Path, iteration: int | None = None) -> torch.dtype:
     """Return the dtype of the stored model weights: the common one, or float32 where they differ."""
-    from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    metadata = FileSystemReader(_whole_iteration(Path(directory), iteration)).read_metadata()
+    metadata = read_metadata(whole_iteration(directory, iteration))
     return common_dtype(
         {
             entry.properties.dtype
             for name, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
-            and name.split(".")[0] in ("embedding", "decoder", "output_layer")
+            if isinstance(entry, TensorStorageMetadata) and name.startswith(MODEL_PREFIXES)
         }
     )
-
-
-def _save_strategy() -> Any:
-    """Torch's own synchronous writer behind Megatron's sharding: no forks, one file for each rank that has data."""
-    from megatron.core.dist_checkpointing.strategies import torch as megatron_torch
-    from torch.distributed import checkpoint
-
-    class SynchronousSave(megatron_torch.TorchDistSaveShardedStrategy):
-        def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
-            renamed, _, _ = megatron_torch._replace_state_dict_keys_with_sharded_keys(
-                sharded_state_dict, self.keep_only_main_replica
-            )
-            checkpoint.save(
-                megatron_torch.mcore_to_pyt_state_dict(renamed, False),
-                storage_writer=checkpoint.FileSystemWriter(checkpoint_dir, thread_count=1),
-                planner=megatron_torch.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-            )
-
-    return SynchronousSave("torch_dist", 1)
 
 
 def _megatron_args(chunks: list[nn.Module], arguments: ModelArguments) -> argparse.Namespace:
     config: Any = unwrap(chunks[0]).config
     return argparse.Namespace(
-        **dataclasses.asdict(arguments),
+        **arguments.megatron_args(),
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
@@ -257,32 +251,32 @@ def _megatron_args(chunks: list[nn.Module], arguments: ModelArguments) -> argpar
     )
 
 
-def _whole_iteration(directory: Path, iteration: int | None) -> Path:
-    """Return the directory of the iteration after checking that every byte its metadata names is there."""
-    cure = "save or convert it again, or load another one with --iteration"
+def whole_iteration(directory: str | Path, iteration: int | None = None) -> Path:
+    """Return the directory of the iteration, None for the latest, after checking that every byte is there.
+
+    Raises:
+        OISDError: it is missing, incomplete or damaged.
+    """
+    directory, cure = Path(directory), "save or convert it again, or load another one with --iteration"
     number = latest_iteration(directory) if iteration is None else iteration
     path = directory / iteration_name(number)
     if not path.is_dir():
         there = sorted(p.name for p in directory.glob("iter_*")) if directory.is_dir() else []
         raise OISDError(f"{path} does not exist: expected one of {', '.join(there) or 'no iterations at all'}; {cure}")
-    for name in ("metadata.json", ".metadata"):
+    for name in ("metadata.json", METADATA):
         if not (path / name).is_file():
             raise OISDError(f"checkpoint {path} is incomplete: {name} is missing; {cure}")
-    from torch.distributed.checkpoint import FileSystemReader
-
     try:
-        with open(path / "metadata.json") as file:
-            json.load(file)
-        metadata = FileSystemReader(path).read_metadata()
-        pieces = list((metadata.storage_data or {}).values())
-        ends: dict[str, int] = {}
-        for piece in pieces:
-            ends[piece.relative_path] = max(ends.get(piece.relative_path, 0), piece.offset + piece.length)
-    except Exception as error:
+        read_json(path / "metadata.json")
+    except (OISDError, OSError) as error:
         raise OISDError(
             f"checkpoint {path} is damaged: its metadata cannot be read ({brief(error)}); {cure}"
         ) from error
+    metadata = read_metadata(path)
     _check_common_state(path, metadata.state_dict_metadata, cure)
+    ends: dict[str, int] = {}
+    for piece in (metadata.storage_data or {}).values():
+        ends[piece.relative_path] = max(ends.get(piece.relative_path, 0), piece.offset + piece.length)
     for name, end in sorted(ends.items()):
         file_path = path / name
         if not file_path.is_file():
@@ -291,6 +285,7 @@ def _whole_iteration(directory: Path, iteration: int | None) -> Path:
             raise OISDError(
                 f"checkpoint {path} is damaged: {name} has {file_path.stat().st_size} bytes, expected {end}; {cure}"
             )
+    check_sizes(path)
     return path
 
 

@@ -28,6 +28,23 @@ def new_directory(target: str | Path, *, inputs: Sequence[str | Path] = (), forc
     Raises:
         OISDError: ``target`` is in the way or cannot be made.
     """
+    target = check_target(target, inputs=inputs, force=force)
+    work = target.with_name(f".{target.name}{INCOMPLETE}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+    except OSError as error:
+        raise OISDError(f"output {target} cannot be written ({error.strerror}): choose another directory") from error
+    try:
+        yield work
+        replace_directory(work, target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def check_target(target: str | Path, *, inputs: Sequence[str | Path] = (), force: bool = False) -> Path:
+    """Return the absolute path of an output that :func:`new_directory` would accept; :class:`OISDError` otherwise."""
     target = Path(target).absolute()
     for source in map(Path, inputs):
         one, other = source.resolve(), target.resolve()
@@ -42,18 +59,7 @@ def new_directory(target: str | Path, *, inputs: Sequence[str | Path] = (), forc
             if not (force and checkpoint):
                 cure = "give --force to replace it" if checkpoint else "it is no checkpoint, choose another directory"
                 raise OISDError(f"output {target} exists and is not empty: {cure}")
-    work = target.with_name(f".{target.name}{INCOMPLETE}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
-    except OSError as error:
-        raise OISDError(f"output {target} cannot be written ({error.strerror}): choose another directory") from error
-    try:
-        yield work
-        replace_directory(work, target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    return target
 
 
 def replace_directory(work: Path, target: Path) -> None:

@@ -6,17 +6,20 @@ logit for a small model, growing with depth. A wrong layout, rotary base or miss
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_oisd.convert.checkpoint import load_model, read_arguments
+from megatron_oisd.convert.hf_files import load_tokenizer
 from megatron_oisd.errors import OISDError
 from megatron_oisd.runtime import cpu
 from megatron_oisd.runtime.distributed import initialize, shutdown
@@ -57,11 +60,35 @@ def sample_token_ids(arguments: ModelArguments, *, sequences: int = 2, length: i
     return torch.randint(arguments.vocab_size, (sequences, length), generator=generator)
 
 
+def prompt_token_ids(
+    prompts: Sequence[str | Sequence[int]], hf_dir: str | Path, arguments: ModelArguments
+) -> list[Tensor]:
+    """Return ``[1, s]`` token ids of every prompt: texts go through the HF directory's tokenizer, lists are token ids.
+
+    Raises:
+        OISDError: there is no tokenizer for a text, or a prompt is empty, too long or has ids beyond the vocabulary.
+    """
+    found = []
+    tokenizer: Any = load_tokenizer(hf_dir) if any(isinstance(prompt, str) for prompt in prompts) else None
+    for prompt in prompts:
+        if isinstance(prompt, str) and tokenizer is None:
+            raise OISDError(f"{hf_dir} has no tokenizer for the prompt {prompt[:40]!r}: give token ids instead")
+        ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
+        if not 0 < len(ids) <= arguments.max_position_embeddings:
+            raise OISDError(
+                f"prompt {str(prompt)[:40]!r} has {len(ids)} tokens, expected 1 to {arguments.max_position_embeddings}"
+            )
+        if not all(0 <= token < arguments.vocab_size for token in ids):
+            raise OISDError(f"prompt {str(prompt)[:40]!r} has token ids outside 0..{arguments.vocab_size - 1}")
+        found.append(torch.tensor([ids]))
+    return found
+
+
 @torch.no_grad()
 def compare_logits(
     hf_dir: str | Path,
     mcore_dir: str | Path,
-    token_ids: Tensor,
+    token_ids: Tensor | Sequence[Tensor],
     iteration: int | None = None,
     *,
     round_to: torch.dtype | None = None,
@@ -71,29 +98,36 @@ def compare_logits(
     Args:
         hf_dir: directory in HF format.
         mcore_dir: Megatron checkpoint directory.
-        token_ids: ``[b, s]``, int64.
+        token_ids: ``[b, s]``, int64, or several of those.
         iteration: of the Megatron checkpoint; None for the latest.
         round_to: round both models' weights to this dtype first, for a conversion that narrowed them.
 
     Raises:
         OISDError: a checkpoint cannot be read. Disagreement is not an error here, see :attr:`LogitComparison.agree`.
     """
+    batches = [token_ids] if isinstance(token_ids, Tensor) else list(token_ids)
     arguments = read_arguments(mcore_dir)
     with single_process():
-        theirs = _hf_logits(hf_dir, token_ids, round_to)
-        ours = _megatron_logits(mcore_dir, arguments, token_ids, iteration, round_to)
-    if theirs.shape != ours.shape:
-        raise OISDError(
-            f"{hf_dir} gives logits of shape {tuple(theirs.shape)}, {mcore_dir} of {tuple(ours.shape)}: the two "
-            f"directories hold different models"
-        )
-    max_abs, largest = (theirs - ours).abs().max().item(), theirs.abs().max().item()
+        theirs = _hf_logits(hf_dir, batches, round_to)
+        ours = _megatron_logits(mcore_dir, arguments, batches, iteration, round_to)
+    max_abs = largest = 0.0
+    same = 0
+    for hf, megatron in zip(theirs, ours, strict=True):
+        if hf.shape != megatron.shape:
+            raise OISDError(
+                f"{hf_dir} gives logits of shape {tuple(hf.shape)}, {mcore_dir} of {tuple(megatron.shape)}: the two "
+                f"directories hold different models"
+            )
+        difference = (hf - megatron).abs().max().item()
+        max_abs = difference if difference > max_abs or math.isnan(difference) else max_abs
+        largest = max(largest, hf.abs().max().item())
+        same += int((hf.argmax(-1) == megatron.argmax(-1)).sum())
     return LogitComparison(
         max_abs=max_abs,
         max_rel=max_abs / largest if largest else max_abs,
         largest_logit=largest,
-        tokens=token_ids.numel(),
-        same_argmax=int((theirs.argmax(-1) == ours.argmax(-1)).sum()),
+        tokens=sum(batch.numel() for batch in batches),
+        same_argmax=same,
     )
 
 
@@ -130,8 +164,8 @@ def _round(model: nn.Module, dtype: torch.dtype | None) -> None:
         parameter.copy_(parameter.to(dtype))
 
 
-def _hf_logits(directory: str | Path, token_ids: Tensor, round_to: torch.dtype | None) -> Tensor:
-    """``[b, s, vocabulary]`` float32 on the CPU."""
+def _hf_logits(directory: str | Path, batches: list[Tensor], round_to: torch.dtype | None) -> list[Tensor]:
+    """``[b, s, vocabulary]`` float32 on the CPU, of every batch."""
     from transformers import AutoModelForCausalLM
 
     try:
@@ -142,26 +176,30 @@ def _hf_logits(directory: str | Path, token_ids: Tensor, round_to: torch.dtype |
         raise OISDError(f"transformers cannot load {directory}: {str(error).splitlines()[0]}") from error
     _round(model, round_to)
     device = _device()
-    return model.to(device).eval()(token_ids.to(device)).logits.float().cpu()
+    model = model.to(device).eval()
+    return [model(batch.to(device)).logits.float().cpu() for batch in batches]
 
 
 def _megatron_logits(
     directory: str | Path,
     arguments: ModelArguments,
-    token_ids: Tensor,
+    batches: list[Tensor],
     iteration: int | None,
     round_to: torch.dtype | None,
-) -> Tensor:
-    """``[b, s, vocabulary]`` float32 on the CPU, padded columns cut."""
+) -> list[Tensor]:
+    """``[b, s, vocabulary]`` float32 on the CPU, padded columns cut, of every batch."""
     config = transformer_config(arguments, perform_initialization=False)
     (model,) = build_model(arguments, config)
     load_model([model], directory, iteration)
     _round(model, round_to)
     device = _device()
-    ids = token_ids.to(device)
-    positions = torch.arange(ids.shape[1], device=device).expand_as(ids)
-    logits = model.to(device).eval()(ids, positions, None)
-    return logits[..., : arguments.vocab_size].float().cpu()
+    model = model.to(device).eval()
+    logits = []
+    for batch in batches:
+        ids = batch.to(device)
+        found = model(ids, torch.arange(ids.shape[1], device=device).expand_as(ids), None)
+        logits.append(found[..., : arguments.vocab_size].float().cpu())
+    return logits
 
 
 def _device() -> torch.device:

@@ -7,6 +7,7 @@ from an HF ``config.json``.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from megatron_oisd.runtime import cpu
 
 @dataclass(frozen=True, kw_only=True)
 class ModelArguments:
-    """The shape of a dense decoder, in Megatron's argument names."""
+    """The shape of a decoder, in Megatron-LM's argument names."""
 
     architecture: str = "Qwen3ForCausalLM"
     """HF class name, the key of the converter's family table."""
@@ -37,6 +38,34 @@ class ModelArguments:
     qk_layernorm: bool
     add_qkv_bias: bool = False
     untie_embeddings_and_output_weights: bool = False
+    use_rope_scaling: bool = False
+    """Llama 3's scaling of the rotary frequencies, for 8192 original positions."""
+    rope_scaling_factor: float = 8.0
+    window_size: tuple[int, int] | None = None
+    """Keys before and after itself that a query sees; None for all before it."""
+    window_attn_skip_freq: tuple[int, ...] | None = None
+    """For each layer 1 with the window and 0 without; None: ``window_size`` holds in all layers."""
+    num_experts: int | None = None
+    moe_ffn_hidden_size: int | None = None
+    moe_router_topk: int = 2
+    moe_router_pre_softmax: bool = False
+    """Whether the weights of the chosen experts are those of the softmax over all of them, not normalised again."""
+    moe_layer_freq: int | tuple[int, ...] = 1
+    """1 where all layers have experts, or for each layer 1 with experts and 0 with a dense MLP."""
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether the 0-based ``layer`` is a mixture of experts."""
+        if self.num_experts is None:
+            return False
+        if isinstance(self.moe_layer_freq, int):
+            return layer % self.moe_layer_freq == 0
+        return bool(self.moe_layer_freq[layer])
+
+    def megatron_args(self) -> dict[str, Any]:
+        """The fields as Megatron-LM's ``args`` hold them: patterns over the layers are lists."""
+        fields = dataclasses.asdict(self)
+        patterns = ("window_attn_skip_freq", "moe_layer_freq")
+        return fields | {name: list(fields[name]) for name in patterns if isinstance(fields[name], tuple)}
 
     def padded_vocab_size(self, tensor_parallel: int, divisible_by: int = 128) -> int:
         """``vocab_size`` rounded up to a multiple of ``divisible_by * tensor_parallel``, as Megatron-LM pads it."""
@@ -74,6 +103,8 @@ def transformer_config(
     pipeline_parallel: int = 1,
     virtual_pipeline: int | None = None,
     sequence_parallel: bool = False,
+    expert_parallel: int = 1,
+    expert_tensor_parallel: int | None = None,
     dtype: torch.dtype = torch.float32,
     **overrides: Any,
 ) -> Any:
@@ -84,7 +115,10 @@ def transformer_config(
         tensor_parallel: TP size.
         pipeline_parallel: PP size.
         virtual_pipeline: chunks per stage, or None.
-        sequence_parallel: shard activations outside the tensor-parallel regions along the sequence.
+        sequence_parallel: shard activations outside the tensor-parallel regions along the sequence; Megatron trains
+            experts under tensor parallelism only so.
+        expert_parallel: EP size, over which the experts are shared out.
+        expert_tensor_parallel: TP size within an expert; None for that of the rest of the model.
         dtype: parameter dtype; also the dtype of pipeline messages.
         **overrides: any further ``TransformerConfig`` field, e.g. ``recompute_granularity="full"``.
     """
@@ -135,10 +169,36 @@ def transformer_config(
         # The overlapped schedule frees an output right after posting its send. CUDA streams order that; gloo reads the
         # freed memory (seen as rare NaNs in plain Megatron).
         fields["deallocate_pipeline_outputs"] = not on_cpu
+    if arguments.window_size is not None:
+        fields["window_size"] = arguments.window_size
+        if arguments.window_attn_skip_freq is not None:
+            fields["window_attn_skip_freq"] = list(arguments.window_attn_skip_freq)
+    if arguments.num_experts is not None:
+        fields |= _moe_fields(arguments, expert_parallel, expert_tensor_parallel)
     fields.update(overrides)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*gradient_accumulation_fusion.*")
         return TransformerConfig(**fields)
+
+
+def _moe_fields(arguments: ModelArguments, expert_parallel: int, expert_tensor_parallel: int | None) -> dict[str, Any]:
+    pattern = arguments.moe_layer_freq
+    return {
+        "num_moe_experts": arguments.num_experts,
+        "moe_ffn_hidden_size": arguments.moe_ffn_hidden_size,
+        "moe_router_topk": arguments.moe_router_topk,
+        "moe_router_pre_softmax": arguments.moe_router_pre_softmax,
+        "moe_layer_freq": pattern if isinstance(pattern, int) else list(pattern),
+        "expert_model_parallel_size": expert_parallel,
+        "expert_tensor_parallel_size": expert_tensor_parallel,
+        # No loss of its own: what trains the router is up to the caller's overrides.
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_router_dtype": "fp32",
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": have_transformer_engine(),
+        "moe_permute_fusion": False,
+    }
 
 
 def build_model_chunk(
@@ -152,23 +212,9 @@ def build_model_chunk(
 ) -> nn.Module:
     """Build one pipeline stage (or one virtual chunk of it) as a ``GPTModel``."""
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import (
-        get_gpt_layer_local_spec,
-        get_gpt_layer_with_transformer_engine_spec,
-    )
-    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
-    if have_transformer_engine():
-        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arguments.qk_layernorm)
-    else:
-        spec = copy.deepcopy(get_gpt_layer_local_spec(qk_layernorm=arguments.qk_layernorm, normalization="RMSNorm"))
-        layer, attention = spec.submodules, spec.submodules.self_attention.submodules
-        layer.input_layernorm = layer.pre_mlp_layernorm = SequenceParallelRMSNorm
-        if arguments.qk_layernorm:
-            attention.q_layernorm = attention.k_layernorm = SequenceParallelRMSNorm
-        num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-        spec = TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=SequenceParallelRMSNorm)
-    return GPTModel(
+    spec = _layers_spec(arguments, config, vp_stage)
+    chunk: Any = GPTModel(
         config=config,
         transformer_layer_spec=spec,
         vocab_size=arguments.padded_vocab_size(config.tensor_model_parallel_size),
@@ -180,9 +226,47 @@ def build_model_chunk(
         position_embedding_type="rope",
         rotary_percent=1.0,
         rotary_base=arguments.rotary_base,
+        rope_scaling=arguments.use_rope_scaling,
+        rope_scaling_factor=arguments.rope_scaling_factor,
         vp_stage=vp_stage,
         pg_collection=pg_collection,
     )
+    for layer in chunk.decoder.layers:
+        if hasattr(layer.mlp, "router"):
+            # In checkpoints the norm before the MLP has the name that Transformer Engine's layers give it: it is fused
+            # with a dense MLP only, and Megatron's local spec forgets that.
+            layer.submodules_config.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+    return chunk
+
+
+def _layers_spec(arguments: ModelArguments, config: Any, vp_stage: int | None) -> Any:
+    """Megatron's modules for the layers of this chunk."""
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_decoder_block_spec,
+        get_gpt_layer_local_spec,
+        get_gpt_layer_with_transformer_engine_spec,
+    )
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+    if have_transformer_engine():
+        if arguments.num_experts is None:
+            return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arguments.qk_layernorm)
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+    if arguments.num_experts is None:
+        layer = get_gpt_layer_local_spec(qk_layernorm=arguments.qk_layernorm, normalization="RMSNorm")
+        layers = [layer] * get_num_layers_to_build(config, vp_stage=vp_stage)
+    else:
+        block = get_gpt_decoder_block_spec(
+            config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage
+        )
+        layers = block.layer_specs
+    layers = copy.deepcopy(layers)  # layers that are alike stay one object
+    for layer in layers:
+        parts, attention = layer.submodules, layer.submodules.self_attention.submodules
+        parts.input_layernorm = parts.pre_mlp_layernorm = SequenceParallelRMSNorm
+        if arguments.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = SequenceParallelRMSNorm
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=SequenceParallelRMSNorm)
 
 
 def build_model(arguments: ModelArguments, config: Any) -> list[nn.Module]:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import re
 import warnings
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_oisd.convert import hf_to_mcore
+from megatron_oisd.convert import plan, weights
 from megatron_oisd.convert.checkpoint import read_arguments
 from megatron_oisd.convert.hf_files import SafetensorsDirectory
 from megatron_oisd.convert.hf_to_mcore import convert_hf_to_mcore
@@ -48,7 +48,11 @@ def test_round_trip(family: str, tied: bool, dtype: torch.dtype, tmp_path: Path)
     source = make_hf_checkpoint(tmp_path / "hf", tied=tied, family=family, dtype=dtype, tokenizer=True)
     there = convert_hf_to_mcore(source, tmp_path / "mcore", progress=False)
     back = convert_mcore_to_hf(tmp_path / "mcore", tmp_path / "back", progress=False)
-    for comparison in (there, back):
+    for report in (there, back):
+        assert report.identical == report.hf_tensors
+        assert report.agree
+        assert report.rounded == 0
+        comparison = report.logits
         assert comparison is not None
         assert comparison.max_rel < 5e-6
         assert comparison.same_argmax == comparison.tokens == 128
@@ -68,9 +72,10 @@ def test_dtype_and_shards(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = make_hf_checkpoint(tmp_path / "hf", tied=False, tokenizer=True)
-    comparison = convert_hf_to_mcore(source, tmp_path / "mcore", dtype=torch.bfloat16, progress=False)
-    assert comparison is not None
-    assert comparison.agree
+    report = convert_hf_to_mcore(source, tmp_path / "mcore", dtype=torch.bfloat16, progress=False)
+    assert report.agree
+    assert report.logits is not None
+    assert report.rounded == report.hf_tensors
     convert_mcore_to_hf(tmp_path / "mcore", tmp_path / "back", progress=False, shard_bytes=100_000)
     assert len(list((tmp_path / "back").glob("*.safetensors"))) > 2
     assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
@@ -82,18 +87,24 @@ def test_dtype_and_shards(tmp_path: Path) -> None:
         assert torch.equal(a, b), name
 
 
-def test_wrong_conversion_is_noticed_and_discarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("verify", ["tensors", "logits"])
+def test_wrong_conversion_is_noticed_and_discarded(
+    verify: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = make_hf_checkpoint(tmp_path / "hf", tied=True, tokenizer=True)
-    original = hf_to_mcore.load_hf_weights
+    original = weights.cut
 
-    def swaps_keys_and_values(chunks: list, arguments: object, tensors: SafetensorsDirectory, **kwargs: bool) -> None:
-        swap = {"k_proj": "v_proj", "v_proj": "k_proj"}
-        changed = {re.sub(r"[kv]_proj", lambda found: swap[found[0]], name): tensors[name] for name in tensors}
-        original(chunks, arguments, changed, **kwargs)
+    def swaps_keys_and_values(rule: Any, parts: list[torch.Tensor], *args: Any) -> torch.Tensor:
+        return original(rule, [parts[0], parts[2], parts[1]] if len(parts) == 3 else parts, *args)
 
-    monkeypatch.setattr(hf_to_mcore, "load_hf_weights", swaps_keys_and_values)
+    monkeypatch.setattr(plan, "cut", swaps_keys_and_values)
+    if verify == "logits":  # a layout that is wrong in both directions: only the logits see it
+        back = weights.assemble
+        monkeypatch.setattr(
+            plan, "assemble", lambda *args: (lambda p: [p[0], p[2], p[1]] if len(p) == 3 else p)(back(*args))
+        )
     with pytest.raises(OISDError, match="wrong and was discarded"):
-        convert_hf_to_mcore(source, tmp_path / "mcore", progress=False)
+        convert_hf_to_mcore(source, tmp_path / "mcore", verify=verify, progress=False)  # type: ignore[arg-type]
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
     assert not cpu.is_installed()
 
@@ -149,13 +160,18 @@ def test_command_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         assert _tool("convert_mcore_to_hf").main(["--mcore", mcore, "--output", back, "--iteration", "0"]) == 0
         assert f"wrote {back}" in capsys.readouterr().out
         assert _tool("verify_checkpoint").main(["--hf", back, "--mcore", mcore]) == 0
-        assert "same argmax at 128/128" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert "same argmax at 128/128" in out
+        assert f"{back}: all 5 files are as written" in out
         for tool, arguments, words in (
             ("convert_hf_to_mcore", ["--hf", str(tmp_path), "--output", mcore], "config.json cannot be read"),
             ("convert_hf_to_mcore", ["--hf", hf, "--output", mcore], "--force"),
             ("convert_mcore_to_hf", ["--mcore", mcore, "--output", back + "2", "--iteration", "9"], "iter_0000009"),
             ("convert_mcore_to_hf", ["--mcore", hf, "--output", back + "2"], "has no hf/"),
-            ("verify_checkpoint", ["--hf", str(tmp_path / "none"), "--mcore", mcore], "transformers cannot load"),
+            ("verify_checkpoint", ["--hf", str(tmp_path / "none"), "--mcore", mcore], "no weights"),
+            ("verify_checkpoint", [], "give --hf, --mcore or both"),
+            ("verify_checkpoint", ["--hf", hf, "--mcore", mcore, "--token-ids", "1,x"], "'1,x'"),
+            ("verify_checkpoint", ["--hf", hf, "--mcore", mcore, "--token-ids", "1,300"], "outside 0..299"),
             ("verify_checkpoint", ["--hf", hf, "--mcore", mcore, "--length", "0"], "--length is 0"),
         ):
             assert _tool(tool).main(arguments) == 2
