@@ -62,7 +62,7 @@ def message_parts(payload: str, *, tokens: int, vocabulary: int, hidden: int, he
     share = -(-tokens // tp)
     queries, keys = min(config.attn_queries, tokens), config.attn_window + config.attn_global_keys
     entry: Any = SimpleNamespace(
-        tokens=torch.empty(tokens), bounds=[min(rank * share, tokens) for rank in range(tp + 1)],
+        tokens=torch.empty(tokens), share=lambda rank: slice(rank * share, min((rank + 1) * share, tokens)),
         sample=QuerySample(*(torch.empty(queries, keys),) * 4),
     )  # fmt: skip
     group: Any = _OneOf(tp)

@@ -21,6 +21,11 @@ def group_size(group: Group) -> int:
     return 1 if group is None else group.size()
 
 
+def group_rank(group: Group) -> int:
+    """This process's rank in ``group``; 0 for None."""
+    return 0 if group is None else group.rank()
+
+
 def valid_columns(vocab_size: int, rank: int, width: int) -> int:
     """Leading columns of a rank's vocabulary shard of ``width`` that are vocabulary and not padding; may be 0."""
     return min(max(vocab_size - rank * width, 0), width)

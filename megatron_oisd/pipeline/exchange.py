@@ -7,7 +7,6 @@ once and not ``tp`` times. Logits and attention scores are sharded by vocabulary
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from megatron_oisd.config import OISDConfig
 from megatron_oisd.errors import OISDError
 from megatron_oisd.losses.js import HiddenTeacher, LogitsTeacher, Teacher
 from megatron_oisd.losses.js_topk import TopKTeacher
-from megatron_oisd.losses.numerics import Group, gather_rows, group_size
+from megatron_oisd.losses.numerics import Group, gather_rows, group_rank, group_size
 from megatron_oisd.pipeline.channel import Channel, Part
 from megatron_oisd.pipeline.microbatch import Microbatch
 from megatron_oisd.pipeline.placement import Source
@@ -68,7 +67,7 @@ class TeacherExchange:
             heads = model.num_attention_heads // group_size(self._tp_group)
             dtype = torch.float64 if model.params_dtype == torch.float64 else torch.float32
             return [Part((queries, heads, keys), dtype)]
-        share = self._share(entry)
+        share = entry.share(group_rank(self._tp_group))
         rows = share.stop - share.start
         if self.config.teacher_payload == "hidden":
             return [Part((rows, model.hidden_size), model.params_dtype)]
@@ -77,12 +76,6 @@ class TeacherExchange:
         dtype = torch.float64 if model.params_dtype == torch.float64 else torch.float32
         k = self.config.teacher_topk
         return [Part((rows, k), dtype), Part((rows, k), torch.int32)]
-
-    def _share(self, entry: Microbatch) -> slice:
-        """Rows that this tensor-parallel rank sends and receives."""
-        rank = 0 if self._tp_group is None else self._tp_group.rank()
-        first, stop = list(pairwise(entry.bounds))[rank]
-        return slice(first, stop)
 
     # ------------------------------------------------------------------------------------------- students
 
@@ -169,7 +162,7 @@ class TeacherExchange:
 
     def _outgoing(self, entry: Microbatch, kind: str, tensors: list[Tensor]) -> list[Tensor]:
         whole = kind == "think" and self.config.teacher_payload != "logits" and not self._model_config.sequence_parallel
-        return [tensor[self._share(entry)] for tensor in tensors] if whole else tensors
+        return [tensor[entry.share(group_rank(self._tp_group))] for tensor in tensors] if whole else tensors
 
     def clear(self) -> None:
         """Forget everything: the step is over."""

@@ -139,6 +139,10 @@ class Microbatch:
     captured: dict[str, list[Tensor]] = field(default_factory=dict)
     """Teachers that this chunk's forward has made so far, by kind."""
 
+    def share(self, tensor_rank: int) -> slice:
+        """Rows of ``tokens`` that a tensor-parallel rank holds or sends, from ``bounds``."""
+        return slice(self.bounds[tensor_rank], self.bounds[tensor_rank + 1])
+
 
 def packed_borders(packed_seq_params: Any) -> list[int]:
     """Borders of the packed sequences in rows of the tensors, from Megatron's ``PackedSeqParams``."""

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from megatron_oisd.config import OISDConfig
 from megatron_oisd.errors import OISDError
-from megatron_oisd.losses.numerics import Group, group_size, valid_columns
+from megatron_oisd.losses.numerics import Group, group_rank, group_size, valid_columns
 from megatron_oisd.pipeline.channel import Channel, Traffic, in_flight, open_channels
 from megatron_oisd.pipeline.checks import check_agreement, check_model, shared_sliding_window
 from megatron_oisd.pipeline.exchange import TeacherExchange
@@ -95,7 +95,7 @@ class OISD:
                 "vocabulary size that the model was made for"
             )
 
-        self._stage = 0 if pp_group is None else pp_group.rank()
+        self._stage = group_rank(pp_group)
         self._student_stages = sorted({placement.stage_of[layer] for layer in config.layers})
         kinds = tuple(kind for kind in ("attn", "think") if getattr(config, f"lambda_{kind}") > 0)
         sources = placement.sources(kinds)
@@ -110,10 +110,10 @@ class OISD:
         self._device = device_of(models)
         self._shards = Shards(
             tensor_size=group_size(tp_group),
-            tensor_rank=0 if tp_group is None else tp_group.rank(),
+            tensor_rank=group_rank(tp_group),
             sequence_parallel=bool(self._model_config.sequence_parallel),
             context_size=group_size(cp_group),
-            context_rank=0 if cp_group is None else cp_group.rank(),
+            context_rank=group_rank(cp_group),
         )
         self._sliding_window = shared_sliding_window(self._model_config, (*config.layers, placement.num_layers))
         self._step_number = -1
@@ -352,7 +352,7 @@ class OISD:
 
     def _name_replica(self) -> int:
         """Number of this data-parallel replica, equal on its context-parallel ranks."""
-        rank = 0 if self.dp_group is None else self.dp_group.rank()
+        rank = group_rank(self.dp_group)
         ranks: list[Any] = [rank]
         if group_size(self.cp_group) > 1:
             ranks = [None] * group_size(self.cp_group)

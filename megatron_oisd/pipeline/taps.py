@@ -17,7 +17,7 @@ from megatron_oisd.errors import OISDError
 from megatron_oisd.losses.attention import attention_alignment, teacher_log_probs
 from megatron_oisd.losses.js import lens_js
 from megatron_oisd.losses.js_topk import make_topk_teacher
-from megatron_oisd.losses.numerics import Group, all_reduce_sum_, gather_rows, group_size, upcast
+from megatron_oisd.losses.numerics import Group, all_reduce_sum_, gather_rows, group_rank, group_size, upcast
 from megatron_oisd.pipeline.exchange import TeacherExchange
 from megatron_oisd.pipeline.inject import AttentionTap, HiddenTap, anchor
 from megatron_oisd.pipeline.lens import Lens
@@ -187,7 +187,7 @@ class Taps:
         logits = (output[0] if isinstance(output, tuple) else output).detach()
         assert self._lens is not None
         columns = self._lens.head.shape[0]
-        rank = 0 if self.tp_group is None else self.tp_group.rank()
+        rank = group_rank(self.tp_group)
         if logits.shape[-1] != columns:  # gathered over the tensor-parallel ranks
             logits = logits[..., rank * columns : (rank + 1) * columns]
         _check_shape(entry, *logits.shape[:2])
@@ -199,7 +199,7 @@ class Taps:
             rows, self.config.teacher_topk, temperature=self.config.temperature, group=self.tp_group,
             first_token=rank * columns, valid_columns=self._valid_columns,
         )  # fmt: skip
-        share = slice(*entry.bounds[rank : rank + 2]) if self._model_config.sequence_parallel else slice(None)
+        share = entry.share(rank) if self._model_config.sequence_parallel else slice(None)
         entry.captured["think"] = [teacher.log_probs[share], teacher.token_ids[share].int()]
 
     def _after_teacher_attention(
@@ -225,9 +225,8 @@ class Taps:
         _check_shape(entry, hidden.shape[0] * shards, hidden.shape[1])
         if shards == 1:
             return entry.tokens, slice(None)
-        assert self.tp_group is not None
-        rank = self.tp_group.rank()
-        mine = slice(entry.bounds[rank], entry.bounds[rank + 1])
+        rank = group_rank(self.tp_group)
+        mine = entry.share(rank)
         return entry.tokens[mine] - rank * hidden.shape[0] * hidden.shape[1], mine
 
     def _whole_key(self, key: Tensor, entry: Microbatch) -> Tensor:
@@ -273,7 +272,7 @@ class Taps:
             normed.detach(), teacher, lens.head.detach(),
             entry.coefficients * (config.lambda_think / len(config.layers) * self._loss_scale()),
             temperature=config.temperature, group=self.tp_group, chunk_tokens=config.chunk_tokens,
-            valid_columns=self._valid_columns, first_token=0 if self.tp_group is None else self.tp_group.rank() * width,
+            valid_columns=self._valid_columns, first_token=group_rank(self.tp_group) * width,
             head_gradient=lens.head_gradient_buffer() if self._head_gradient else None,
         )  # fmt: skip
         parameters = [p for p in lens.norm_parameters if p.requires_grad] if self._head_gradient else []

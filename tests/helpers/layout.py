@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_oisd.config import OISDConfig
+from tests.helpers.mcore import gather_shards
 
 NUM_LAYERS = 4
 VOCAB = 150  # not a multiple of 128: padded rows take part in every test
@@ -201,24 +202,13 @@ def run_case(case: Case, batch: Batch) -> tuple[dict[str, float], dict[str, Tens
         with torch.no_grad():
             for chunk in chunks:
                 if case.distributed_optimizer:
-                    _gather_shards(chunk)
+                    gather_shards(chunk)
                 for parameter in chunk.parameters():
                     parameter.data = parameter.main_grad.detach().clone()
         gradients = dict(export_hf_weights(chunks, arguments, tp_group=groups.tp, pp_group=groups.pp))
         return values, gradients
     finally:
         distributed.shutdown()
-
-
-def _gather_shards(chunk: Any) -> None:
-    """The distributed optimizer leaves each data-parallel rank its own shard of every gradient bucket."""
-    import torch.distributed as dist
-
-    for buffer in chunk.buffers:
-        group = buffer.data_parallel_group
-        for bucket in buffer.buckets:
-            shard = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()
-            dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
 
 
 def largest_error(gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:

@@ -389,7 +389,7 @@ class Training:
         if self.layout.model == "mtp":
             extra["labels"] = view.own(view.targets)
         with context:
-            output = model(view.own(view.tokens), view.own(view.position_ids), view.attention_mask, **extra)
+            output = model(view.own(view.tokens), view.own(view.position_ids), None, **extra)
         return output, partial(self.loss, view)
 
     def loss(self, view: View, output: Tensor) -> Any:
@@ -450,8 +450,6 @@ class View:
             self.mask = self.mask & (torch.arange(self.mask.shape[1]) < borders[-2])
         cp = parallel_state.get_context_parallel_group()
         self._mine = context_positions(self.tokens.shape[1], borders, cp.size())[cp.rank()]
-        # Megatron's unfused attention masks what it is told to; without a mask it is causal.
-        self.attention_mask = None
 
     def own(self, tensor: Tensor) -> Tensor:
         return tensor[:, self._mine]
@@ -652,19 +650,14 @@ class DenseLosses:
         return values
 
 
-@cache
-def _reference(key: tuple[Any, ...], layout: Layout) -> tuple[Outcome, dict[str, Tensor]]:
-    (outcome,) = run_ranks(1, run_reference, layout, make_rollouts())
-    return outcome, assemble([outcome.gradients])[0]
-
-
 _known: dict[tuple[Any, ...], tuple[Outcome, dict[str, Tensor]]] = {}
 
 
 def reference(layout: Layout) -> tuple[Outcome, dict[str, Tensor]]:
     """The reference's values and whole gradients; the same for every layout of one model."""
     if layout.key not in _known:
-        _known[layout.key] = _reference(layout.key, layout)
+        (outcome,) = run_ranks(1, run_reference, layout, make_rollouts())
+        _known[layout.key] = outcome, assemble([outcome.gradients])[0]
     return _known[layout.key]
 
 
