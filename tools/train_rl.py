@@ -8,18 +8,22 @@ from megatron_oisd.errors import command_line
 
 
 @command_line
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     """Parse, build, train."""
     from megatron_oisd.rl.config import parse_arguments
 
     config, oisd_config = parse_arguments(argv)  # before the heavy imports: a wrong flag is reported at once
 
+    from megatron_oisd.rl.preemption import REQUEUE_EXIT_CODE
     from megatron_oisd.rl.trainer import Trainer
     from megatron_oisd.runtime import distributed
 
     trainer = Trainer(config, oisd_config)
-    trainer.run()
+    finished = trainer.run()
     distributed.shutdown()
+    if not finished:
+        print(f"asked to stop after step {trainer.step}: go on with --resume", file=sys.stderr)
+    return 0 if finished else REQUEUE_EXIT_CODE
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -34,6 +35,9 @@ class TrainConfig:
     pp: int = _field(1, "pipeline-model-parallel size")
     sequence_parallel: bool = _field(False, "shard activations along the sequence between tensor-parallel regions")
     use_distributed_optimizer: bool = _field(False, "shard optimizer state over data-parallel ranks")
+    dist_ckpt_optim_fully_reshardable: bool = _field(
+        True, "save a distributed optimizer so that it loads at any layout; off: faster, same TP and PP only"
+    )
     bf16: bool = _field(False, "bf16 weights with fp32 gradients and optimizer; default: fp32")
     recompute: str = _field("none", "activation recomputation: none, selective or full")
 
@@ -48,6 +52,9 @@ class TrainConfig:
     top_p: float = _field(1.0, "nucleus sampling mass")
     reward: str = _field("exact_match", "reward rule: exact_match or math_verify")
     system_prompt: str | None = _field(None, "system message for prompts that have none")
+    dynamic_sampling: bool = _field(False, "replace groups of equal rewards by those of further prompts")
+    dynamic_sampling_max_rounds: int = _field(10, "rounds of prompts that dynamic sampling may draw in a step")
+    durable_rollouts: bool = _field(True, "keep rollouts on disk until a checkpoint is written")
     limit_prompts: int | None = _field(None, "use only the first N prompts of the data")
 
     lr: float = _field(1e-6, "learning rate, constant after the warm-up")
@@ -137,6 +144,24 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[TrainConfig, OISDCon
     arguments = parser.parse_args(argv)
     values = {item.name: getattr(arguments, item.name) for item in dataclasses.fields(TrainConfig)}
     return TrainConfig(**values), oisd_config.config_from_arguments(arguments)
+
+
+NOT_OF_THE_TRAJECTORY = frozenset(
+    (
+        *("output", "resume", "tp", "pp", "sequence_parallel", "use_distributed_optimizer", "recompute", "num_steps"),
+        *("micro_batch_size", "save_interval", "keep_checkpoints", "durable_rollouts"),
+        "dist_ckpt_optim_fully_reshardable",
+    )
+)
+"""Fields that a resumed run may change and yet follow the same trajectory (up to rounding)."""
+
+
+def trajectory_fingerprint(config: TrainConfig, oisd_config: OISDConfig) -> str:
+    """A hash of all fields that decide which trajectory a run follows."""
+    fields = dataclasses.asdict(config)
+    relevant = {name: value for name, value in fields.items() if name not in NOT_OF_THE_TRAJECTORY}
+    text = repr((sorted(relevant.items()), sorted(dataclasses.asdict(oisd_config).items())))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _flag(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,19 @@ class Training:
     optimizer: Any
     scheduler: Any
 
-    def optimizer_state(self, *, loading: bool) -> dict[str, Any]:
-        """Sharded state of optimizer and scheduler, to save or as the template to load into."""
+    def optimizer_state(self, *, loading: bool, fully_reshardable: bool) -> dict[str, Any]:
+        """Sharded state of optimizer and scheduler, to save or as the template to load into.
+
+        Args:
+            loading: make the template for a checkpoint that holds the optimizer.
+            fully_reshardable: form of a distributed optimizer's state: loadable at any layout (its ranks gather it when
+                it is saved), or at this TP and PP only.
+        """
+        if loading:
+            self._start_state()
         state = model_state(self.chunks)
         model = state.get("model", state)
-        metadata = {"distrib_optim_sharding_type": "dp_reshardable"}
+        metadata = {"distrib_optim_sharding_type": "fully_reshardable" if fully_reshardable else "dp_reshardable"}
         return {
             "optimizer": self.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata),
             "opt_param_scheduler": self.scheduler.state_dict(),
@@ -43,6 +52,47 @@ class Training:
         """Take over what a checkpoint held."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["opt_param_scheduler"])
+        for _, inner in self._torch_adams():
+            for moments in inner.state.values():
+                # Loaded as one tensor for all parameters, each of which would then count it up.
+                moments["step"] = moments["step"].clone()
+
+    def _start_state(self) -> None:
+        """Make up for what Megatron's distributed optimizer expects of fused Adams, which count steps by group.
+
+        Torch's keeps a step beside the moments of each parameter, and no state at all before its first step: an
+        optimizer without state cannot be described, and the loader looks for the steps among the saved tensors.
+        """
+        for wrapper, inner in self._torch_adams():
+            for parameter in (p for group in inner.param_groups for p in group["params"]):
+                if not inner.state[parameter]:
+                    inner.state[parameter] = {
+                        "step": torch.zeros((), dtype=torch.float32),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+            if hasattr(wrapper, "_set_main_param_and_optimizer_states"):
+                _keep_steps(wrapper)
+
+    def _torch_adams(self) -> Iterator[tuple[Any, torch.optim.Optimizer]]:
+        """Megatron's optimizers that stand on torch's own Adam, each with it."""
+        for wrapper in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+            inner = getattr(wrapper, "optimizer", None)
+            if isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
+                yield wrapper, inner
+
+
+def _keep_steps(optimizer: Any) -> None:
+    """Let a distributed optimizer leave the steps alone, which its ``load_state_dict`` has set already."""
+    original = type(optimizer)._set_main_param_and_optimizer_states
+
+    @torch.no_grad()  # the fp32 parameters themselves may be written to
+    def with_step(model_param: nn.Parameter, tensors: dict[str, Any]) -> None:
+        group, order = optimizer.model_param_group_index_map[model_param]
+        state = optimizer.optimizer.state[optimizer.optimizer.param_groups[group]["params"][order]]
+        original(optimizer, model_param, {**tensors, "step": state["step"]} if "step" in state else tensors)
+
+    optimizer._set_main_param_and_optimizer_states = with_step
 
 
 def build_training(config: TrainConfig) -> Training:

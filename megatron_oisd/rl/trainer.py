@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import shutil
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +14,37 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_oisd.config import OISDConfig
-from megatron_oisd.convert.checkpoint import HF_DIRECTORY, latest_iteration, load_model, read_arguments, save_model
+from megatron_oisd.convert.checkpoint import (
+    HF_DIRECTORY,
+    iteration_name,
+    latest_iteration,
+    load_model,
+    read_arguments,
+    save_model,
+    whole_iteration,
+)
 from megatron_oisd.convert.output import LATEST
+from megatron_oisd.convert.safe_pickle import read_metadata
 from megatron_oisd.convert.weights import export_hf_weights
 from megatron_oisd.errors import OISDError
 from megatron_oisd.losses.advantage import group_advantages
 from megatron_oisd.losses.numerics import group_size
 from megatron_oisd.pipeline.oisd import OISD
 from megatron_oisd.rl.batch import RolloutBatch, make_batch
-from megatron_oisd.rl.config import TrainConfig
+from megatron_oisd.rl.collect import Collector, derived_seed
+from megatron_oisd.rl.config import TrainConfig, trajectory_fingerprint
 from megatron_oisd.rl.data import PromptSampler, TokenizedPrompt, load_prompts, tokenize_prompts
 from megatron_oisd.rl.metrics_log import MetricsLog
 from megatron_oisd.rl.policy import ParallelGroups, PolicyMicrobatch, PolicyPass
+from megatron_oisd.rl.preemption import Interrupted, StopRequest
 from megatron_oisd.rl.rewards import get_reward
-from megatron_oisd.rl.rollout.base import Rollout, SamplingParams
+from megatron_oisd.rl.rollout.base import SamplingParams
+from megatron_oisd.rl.rollout.store import Experience, RolloutStore
 from megatron_oisd.rl.setup import build_engine, build_training, load_tokenizer
 from megatron_oisd.runtime import distributed
 
 CHECKPOINTS = "checkpoints"
+ROLLOUTS = "rollout_state"
 
 
 class Trainer:
@@ -52,10 +65,9 @@ class Trainer:
         self.checkpoints = self.output / CHECKPOINTS
 
         read_arguments(config.load)  # names a checkpoint that is not there before its tokenizer is missed
-        self.reward = get_reward(config.reward)
+        get_reward(config.reward)
         self.tokenizer = load_tokenizer(config.load)
         self.prompts = self._load_prompts()
-        self.sampler = PromptSampler(len(self.prompts), config.prompts_per_step, config.seed)
 
         self.training = build_training(config)
         self.oisd = OISD(
@@ -66,42 +78,80 @@ class Trainer:
             self.training.chunks, self.training.model_config, self.oisd, config.policy_loss, self.groups,
             self.training.arguments.vocab_size,
         )  # fmt: skip
+        self.stop = StopRequest()
         self.engine = build_engine(config, self.tokenizer)
-        self.sampling = SamplingParams(
-            max_new_tokens=config.max_response_tokens, temperature=config.temperature, top_p=config.top_p
+        keeps_rollouts = config.durable_rollouts and self.rank == 0
+        fingerprint = trajectory_fingerprint(config, oisd_config)
+        self.store = RolloutStore(self.output / ROLLOUTS, fingerprint) if keeps_rollouts else None
+        self.collector = Collector(
+            engine=self.engine,
+            prompts=self.prompts,
+            sampler=PromptSampler(len(self.prompts), config.prompts_per_step, config.seed),
+            decode=lambda tokens: self.tokenizer.decode(tokens, skip_special_tokens=True),
+            reward=get_reward(config.reward),
+            sampling=SamplingParams(
+                max_new_tokens=config.max_response_tokens, temperature=config.temperature, top_p=config.top_p
+            ),
+            samples_per_prompt=config.samples_per_prompt,
+            seed=config.seed,
+            max_rounds=config.dynamic_sampling_max_rounds if config.dynamic_sampling else 1,
+            store=self.store,
+            stop=self.stop,
         )
-        self.step = self._resume()
+        self.step = 0
+        """Finished steps."""
+        self.rounds = 0
+        """Rounds of prompts drawn: one a step, more with dynamic sampling."""
+        self.saved_step: int | None = None
+        self._resume()
 
     # ------------------------------------------------------------------------------------------- the algorithm
 
-    def run(self) -> None:
-        """Train to the last step; rank 0 shows progress and writes the metrics."""
+    def run(self) -> bool:
+        """Train to the last step; rank 0 shows progress and writes the metrics.
+
+        Returns:
+            True when all steps are done, False when SIGTERM or SIGUSR1 asked the run to leave: it then has written a
+            checkpoint, and goes on from there with ``--resume``.
+        """
         log = MetricsLog(self.output) if self.rank == 0 else None
-        self._refresh_engine()
-        with tqdm(
-            total=self.config.num_steps, initial=self.step, desc="train", unit="step", disable=self.rank != 0
-        ) as bar:
-            while self.step < self.config.num_steps:
-                metrics = self.train_step()
-                bar.update()
-                bar.set_postfix(reward=f"{metrics['reward/mean']:.3f}", loss=f"{metrics['actor/loss']:.3f}")
-                if log is not None:
-                    log.write(self.step, metrics)
-                if self.step % self.config.save_interval == 0 or self.step == self.config.num_steps:
-                    self.save()
-        if log is not None:
-            log.close()
+        bar = tqdm(total=self.config.num_steps, initial=self.step, desc="train", unit="step", disable=self.rank != 0)
+        try:
+            with bar, self.stop:
+                self._refresh_engine()
+                while self.step < self.config.num_steps:
+                    try:
+                        metrics = self.train_step()
+                    except Interrupted:
+                        self.save()
+                        return False
+                    bar.update()
+                    bar.set_postfix(reward=f"{metrics['reward/mean']:.3f}", loss=f"{metrics['actor/loss']:.3f}")
+                    if log is not None:
+                        log.write(self.step, metrics)
+                    if self.step % self.config.save_interval == 0 or self.step == self.config.num_steps:
+                        self.save()
+                return True
+        finally:
+            self.engine.close()
+            if log is not None:
+                log.close()
 
     def train_step(self) -> dict[str, float]:
-        """Roll out, score, normalise, update; returns the step's metrics, equal on every rank."""
+        """Roll out, score, normalise, update; returns the step's metrics, equal on every rank.
+
+        Raises:
+            Interrupted: on every rank, before anything was changed, where a rank was asked to stop.
+        """
         clock = _Clock()
-        prompts = [self.prompts[i] for i in self.sampler.step(self.step)]
+        distributed.seed_everything(derived_seed(self.config.seed, self.step) % 2**31)
+        self._leave_if_asked()
+        experience = self.collector.collect(self.step, self.rounds)
+        self._leave_if_asked()
+        metrics = _rollout_metrics(experience) | clock.lap("generate")
 
-        rollouts, rewards = self._roll_out(prompts)
-        metrics = _rollout_metrics(rollouts, rewards) | clock.lap("generate")
-
-        advantages = group_advantages(rewards)
-        batch = make_batch(rollouts, advantages.flatten(), pad_token_id=self.engine_pad_token)
+        advantages = group_advantages(experience.rewards)
+        batch = make_batch(experience.rollouts, advantages.flatten(), pad_token_id=self.engine_pad_token)
         old_log_probs = self._log_probs(batch)
         metrics |= self._mismatch(batch, old_log_probs) | clock.lap("log_probs")
 
@@ -114,35 +164,10 @@ class Trainer:
         metrics |= {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]} | clock.lap("update")
 
         self.step += 1
+        self.rounds += experience.rounds
         self._refresh_engine()
         metrics |= clock.lap("refresh")
         return metrics | {"time/step": clock.total()}
-
-    def _roll_out(self, prompts: list[TokenizedPrompt]) -> tuple[list[Rollout], torch.Tensor]:
-        """Sample and score; every rank takes a share of the prompts and learns all results.
-
-        Returns:
-            Rollouts, prompt-major, and rewards ``[prompts, samples]``.
-        """
-        if self.engine.weights_version != self.step:
-            raise RuntimeError(f"the engine serves weights {self.engine.weights_version}, expected {self.step}")
-        share = prompts[self.rank :: self.world_size]
-        groups = self.engine.generate(
-            [prompt.token_ids for prompt in share],
-            self.sampling,
-            samples_per_prompt=self.config.samples_per_prompt,
-            seed=_seed(self.config.seed, self.step, self.rank),
-        )
-        scored = [
-            [(rollout, self.reward(self._text(rollout), prompt.record.ground_truth)) for rollout in group]
-            for prompt, group in zip(share, groups, strict=True)
-        ]
-        gathered: list[Any] = [None] * self.world_size
-        dist.all_gather_object(gathered, scored)
-        ordered = [gathered[i % self.world_size][i // self.world_size] for i in range(len(prompts))]
-        rollouts = [rollout for group in ordered for rollout, _ in group]
-        rewards = torch.tensor([[reward for _, reward in group] for group in ordered])
-        return rollouts, rewards
 
     def _log_probs(self, batch: RolloutBatch) -> torch.Tensor:
         """``[B, s]`` log-probabilities of the rollouts under the weights that sampled them (this rank's rows)."""
@@ -187,6 +212,11 @@ class Trainer:
     # ------------------------------------------------------------------------------------------- its parts
 
     @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.training.chunks[0].parameters()).device
+
+    @property
     def engine_pad_token(self) -> int:
         """Token that fills training batches on the right."""
         pad = self.tokenizer.pad_token_id
@@ -201,9 +231,6 @@ class Trainer:
             )
         return prompts
 
-    def _text(self, rollout: Rollout) -> str:
-        return self.tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
-
     def _my_rows(self, count: int) -> list[int]:
         dp = self.groups.dp
         return list(range(count)) if dp is None else list(range(dp.rank(), count, dp.size()))
@@ -211,10 +238,9 @@ class Trainer:
     def _microbatches(
         self, batch: RolloutBatch, rows: list[int], old_log_probs: torch.Tensor | None
     ) -> list[PolicyMicrobatch]:
-        device = next(self.training.chunks[0].parameters()).device
         return batch.microbatches(
             rows, size=self.config.micro_batch_size, length_multiple=self.config.tp, old_log_probs=old_log_probs,
-            device=device,
+            device=self.device,
         )  # fmt: skip
 
     def _mismatch(self, batch: RolloutBatch, log_probs: torch.Tensor) -> dict[str, float]:
@@ -224,8 +250,7 @@ class Trainer:
         total = torch.tensor([difference.sum(), float(difference.numel())], dtype=torch.float64)
         largest = difference.max() if difference.numel() else difference.new_zeros(())
         if group_size(self.groups.dp) > 1:
-            device = next(self.training.chunks[0].parameters()).device
-            total, largest = total.to(device), largest.to(device)
+            total, largest = total.to(self.device), largest.to(self.device)
             dist.all_reduce(total, group=self.groups.dp)
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.groups.dp)
         mean = (total[0] / total[1].clamp_min(1)).item()
@@ -238,20 +263,43 @@ class Trainer:
         tensors = export_hf_weights(
             self.training.chunks, self.training.arguments, tp_group=self.groups.tp, pp_group=self.groups.pp
         )
-        self.engine.update_weights(tensors, version=self.step)
+        failure: str | None = None
+        try:
+            self.engine.update_weights(tensors, version=self.step)
+        except OISDError as error:
+            failure = str(error)
+            for _ in tensors:  # the other ranks wait for this one's part
+                pass
+        failures: list[str | None] = [None] * self.world_size
+        dist.all_gather_object(failures, failure)
+        first = next((text for text in failures if text is not None), None)
+        if first is not None:
+            raise OISDError(first)
+
+    def _leave_if_asked(self) -> None:
+        if self.stop.agreed(self.device):
+            raise Interrupted
 
     def save(self) -> None:
-        """Write a checkpoint of the finished step and remove the oldest beyond ``keep_checkpoints``."""
-        save_model(
-            self.training.chunks, self.checkpoints, self.step, self.training.arguments,
-            hf_source=Path(self.config.load) / HF_DIRECTORY, extra_state=self.training.optimizer_state(loading=False),
-        )  # fmt: skip
+        """Write a checkpoint of the finished steps, unless there is one, and remove the oldest beyond
+        ``keep_checkpoints`` and the rollouts that nothing can ask for any more."""
+        if self.saved_step != self.step:
+            save_model(
+                self.training.chunks, self.checkpoints, self.step, self.training.arguments,
+                hf_source=Path(self.config.load) / HF_DIRECTORY,
+                extra_state=self.training.optimizer_state(
+                    loading=False, fully_reshardable=self.config.dist_ckpt_optim_fully_reshardable
+                ) | {"rounds": self.rounds, "layout": self._layout},
+            )  # fmt: skip
+            self.saved_step = self.step
         if self.rank == 0:
-            for old in sorted(self.checkpoints.glob("iter_*"))[: -self.config.keep_checkpoints]:
-                shutil.rmtree(old, ignore_errors=True)
+            for old in _iterations(self.checkpoints)[: -self.config.keep_checkpoints]:
+                shutil.rmtree(self.checkpoints / iteration_name(old), ignore_errors=True)
+        if self.store is not None:
+            self.store.discard(before=self.step)
 
-    def _resume(self) -> int:
-        """Load the newest checkpoint of the run where asked to; returns the number of finished steps."""
+    def _resume(self) -> None:
+        """Go on from the newest whole checkpoint of the run where asked to."""
         exists = (self.checkpoints / LATEST).is_file()
         if not self.config.resume:
             if exists:
@@ -259,23 +307,65 @@ class Trainer:
                     f"{self.output} already holds a run at step {latest_iteration(self.checkpoints)}: go on with "
                     "--resume or choose another --output"
                 )
-            return 0
+            return
         if not exists:
-            return 0
-        template = self.training.optimizer_state(loading=True)
-        state = load_model(self.training.chunks, self.checkpoints, extra_state=template)
+            return
+        iteration = self._newest_whole_checkpoint()
+        fully_reshardable = not self._optimizer_of_one_layout(iteration)
+        template = self.training.optimizer_state(loading=True, fully_reshardable=fully_reshardable)
+        state = load_model(self.training.chunks, self.checkpoints, iteration, extra_state=template)
+        if not fully_reshardable and state["layout"] != self._layout:
+            raise OISDError(
+                f"the optimizer in {self.checkpoints} was saved at TP {state['layout']['tp']} x PP "
+                f"{state['layout']['pp']} for that layout only (--no-dist-ckpt-optim-fully-reshardable): resume with it"
+            )
         self.training.load_optimizer_state(state)
         self.oisd.sync()
-        return int(state["iteration"])
+        self.step = self.saved_step = int(state["iteration"])
+        self.rounds = int(state["rounds"])
+
+    @property
+    def _layout(self) -> dict[str, int]:
+        return {"tp": self.config.tp, "pp": self.config.pp}
+
+    def _optimizer_of_one_layout(self, iteration: int) -> bool:
+        """Whether a checkpoint holds a distributed optimizer in the form that only its own TP and PP can load."""
+        names = read_metadata(whole_iteration(self.checkpoints, iteration)).state_dict_metadata
+        return any(name.startswith("optimizer.distributed.dp_group_idx") for name in names)
+
+    def _newest_whole_checkpoint(self) -> int:
+        """The newest iteration of which every byte is there; a damaged one is passed over with a warning."""
+        newest = latest_iteration(self.checkpoints)
+        candidates = [newest, *(n for n in reversed(_iterations(self.checkpoints)) if n < newest)]
+        for number, iteration in enumerate(candidates):
+            try:
+                whole_iteration(self.checkpoints, iteration)
+            except OISDError as error:
+                if number == len(candidates) - 1:
+                    raise
+                if self.rank == 0:
+                    warnings.warn(f"{error}; going back to an earlier checkpoint", stacklevel=2)
+            else:
+                return iteration
+        raise AssertionError("a run has at least one candidate")
 
 
-def _rollout_metrics(rollouts: list[Rollout], rewards: torch.Tensor) -> dict[str, float]:
+def _iterations(directory: Path) -> list[int]:
+    """Numbers of the checkpoints in a directory, ascending."""
+    names = (path.name.removeprefix("iter_") for path in directory.glob("iter_*"))
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def _rollout_metrics(experience: Experience) -> dict[str, float]:
+    rollouts, rewards = experience.rollouts, experience.rewards
     lengths = [len(rollout.response_ids) for rollout in rollouts]
     spread = rewards.amax(1) - rewards.amin(1)
     return {
         "reward/mean": rewards.mean().item(),
         "reward/std_in_group": rewards.std(dim=1, correction=0).mean().item(),
         "reward/degenerate_groups": (spread == 0).float().mean().item(),
+        "rollout/rounds": float(experience.rounds),
+        "rollout/sampled_groups": float(experience.sampled_groups),
         "response_length/mean": sum(lengths) / len(lengths),
         "response_length/max": float(max(lengths)),
         "response_length/clip_ratio": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
@@ -284,12 +374,6 @@ def _rollout_metrics(rollouts: list[Rollout], rewards: torch.Tensor) -> dict[str
 
 def _learning_rate(training: Any) -> float:
     return float(training.optimizer.param_groups[0]["lr"]) if training.optimizer.param_groups else 0.0
-
-
-def _seed(*parts: int) -> int:
-    """One 63-bit seed from several integers, without collisions between neighbours."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 class _Clock:

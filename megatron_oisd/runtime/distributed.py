@@ -48,7 +48,6 @@ def initialize(
             dist.init_process_group("gloo" if on_cpu else "nccl", timeout=timedelta(seconds=timeout_s))
 
     from megatron.core import parallel_state
-    from megatron.core import tensor_parallel as megatron_tp
 
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_parallel,
@@ -56,6 +55,22 @@ def initialize(
         virtual_pipeline_model_parallel_size=virtual_pipeline,
         distributed_timeout_minutes=timeout_s / 60,
     )
+    seed_everything(seed)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's generators and Megatron's tensor-parallel trackers.
+
+    A run that calls this at every step with a seed made of the step's number has no random state to save: a resumed
+    run is in the same state, on any layout.
+    """
+    import random
+
+    import numpy as np
+    from megatron.core import tensor_parallel as megatron_tp
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     megatron_tp.model_parallel_cuda_manual_seed(seed)
 

@@ -122,3 +122,31 @@ def _entry(
         results.put((rank, False, traceback.format_exc()))
         return
     results.put((rank, True, result))
+
+
+def kill_ranks(world_size: int, function: Callable[..., Any], *args: Any, after_s: float, first: int = 0) -> list[Any]:
+    """Like :func:`run_ranks`, but SIGKILL rank ``first`` after ``after_s`` seconds, and then the others, as a launcher
+    would.
+
+    Returns:
+        The results by rank where all had ended by themselves before that; otherwise an empty list.
+    """
+    processes, results, _store = _start(world_size, function, args)
+    deadline = time.monotonic() + after_s
+    while time.monotonic() < deadline and any(process.exitcode is None for process in processes):
+        time.sleep(0.005)
+    for process in (processes[first], *processes):
+        process.kill()
+    outcome: dict[int, Any] = {}
+    for process in processes:
+        process.join()
+    while True:
+        try:
+            rank, ok, payload = results.get(timeout=0.2)
+        except queue.Empty:
+            break
+        except Exception:  # a rank killed in the middle of its message
+            return []
+        assert ok, payload
+        outcome[rank] = pickle.loads(payload)
+    return [outcome[rank] for rank in range(world_size)] if len(outcome) == world_size else []

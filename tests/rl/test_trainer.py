@@ -2,95 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import io
 import json
-import os
 import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from tests.helpers.ranks import run_ranks
-
-ROOT = Path(__file__).resolve().parents[2]
-DATA = Path(os.environ.get("OISD_DATA", ROOT.parent / "shared" / "data"))
-SMALL = {
-    "prompts_per_step": 4, "mini_batch_prompts": 2, "samples_per_prompt": 4, "micro_batch_size": 2,
-    "max_prompt_tokens": 128, "max_response_tokens": 12, "lr": 1e-3, "pp": 2, "oisd_layers": 2, "save_interval": 2,
-    "oisd_attn_queries": 4,
-    "reward": "parity",
-}  # fmt: skip
-
-
-def _module(path: str) -> Any:
-    sys.path.insert(0, str((ROOT / path).parent))
-    try:
-        spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.pop(0)
-
-
-@pytest.fixture(scope="session")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random tiny model as Megatron checkpoint, and arithmetic problems."""
-    folder = tmp_path_factory.mktemp("trainer")
-    _module("examples/quickstart/make_model.py").make_random_model(folder / "hf", seed=0)
-    _module("examples/quickstart/arithmetic.py").write_split(folder / "train.jsonl", "train", 64, seed=0)
-    run_ranks(1, _convert, folder / "hf", folder / "mcore")
-    return folder
-
-
-def _convert(source: Path, target: Path) -> None:
-    from megatron_oisd.convert.hf_to_mcore import convert_hf_to_mcore
-
-    convert_hf_to_mcore(source, target, progress=False)
-
-
-def _arguments(workspace: Path, output: Path, **changes: Any) -> list[str]:
-    values = {"load": workspace / "mcore", "data": workspace / "train.jsonl", "output": output, **SMALL, **changes}
-    result: list[str] = []
-    for name, value in values.items():
-        flag = "--" + name.replace("_", "-")
-        result += [flag] if value is True else [flag, str(value)]
-    return result
-
-
-def _run(arguments: list[str]) -> tuple[int, str]:
-    """The command on this rank: its exit code and what it said on stderr."""
-    from megatron_oisd.rl.rewards import REWARDS
-
-    # A random model never answers right; this rule gives it rewards of both kinds.
-    REWARDS["parity"] = lambda response, truth: float(len(response) % 2)
-    text = io.StringIO()
-    with contextlib.redirect_stderr(text):
-        code = _module("tools/train_rl.py").main(arguments)
-    return code, text.getvalue()
-
-
-def _metrics(output: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith("time")} for line in lines]
+from tests.helpers.training import DATA, ROOT, read_lines, run_training, training_arguments
 
 
 def test_a_resumed_run_follows_the_uninterrupted_one(workspace, tmp_path):
-    for code, text in run_ranks(2, _run, _arguments(workspace, tmp_path / "whole", num_steps=4)):
+    for code, text in run_ranks(2, run_training, training_arguments(workspace, tmp_path / "whole", num_steps=4)):
         assert code == 0, text
     for steps, resume in ((2, {}), (4, {"resume": True})):
-        for code, text in run_ranks(2, _run, _arguments(workspace, tmp_path / "parts", num_steps=steps, **resume)):
+        for code, text in run_ranks(
+            2, run_training, training_arguments(workspace, tmp_path / "parts", num_steps=steps, **resume)
+        ):
             assert code == 0, text
-    whole, parts = _metrics(tmp_path / "whole"), _metrics(tmp_path / "parts")
+    whole, parts = read_lines(tmp_path / "whole"), read_lines(tmp_path / "parts")
     assert [line["step"] for line in whole] == [1, 2, 3, 4]
     assert parts == whole
     assert all(line["rollout/log_prob_diff_max"] < 1e-4 for line in whole)
@@ -112,14 +45,16 @@ def test_tensor_parallel_and_plain_grpo_take_the_same_first_step(workspace, tmp_
     }
     norms = {}
     for name, layout in layouts.items():
-        for code, text in run_ranks(2, _run, _arguments(workspace, tmp_path / name, num_steps=1, **layout)):
+        for code, text in run_ranks(
+            2, run_training, training_arguments(workspace, tmp_path / name, num_steps=1, **layout)
+        ):
             assert code == 0, text
-        norms[name] = _metrics(tmp_path / name)[0]["actor/grad_norm"]
+        norms[name] = read_lines(tmp_path / name)[0]["actor/grad_norm"]
     assert norms == pytest.approx(dict.fromkeys(layouts, norms["pp"]), rel=1e-4)
     off = {"oisd_lambda_think": 0, "oisd_lambda_attn": 0}
-    for code, text in run_ranks(2, _run, _arguments(workspace, tmp_path / "grpo", num_steps=1, **off)):
+    for code, text in run_ranks(2, run_training, training_arguments(workspace, tmp_path / "grpo", num_steps=1, **off)):
         assert code == 0, text
-    plain = _metrics(tmp_path / "grpo")[0]
+    plain = read_lines(tmp_path / "grpo")[0]
     assert not [name for name in plain if name.startswith("oisd/")]
     assert plain["actor/grad_norm"] != pytest.approx(norms["pp"], rel=2e-4)
 
@@ -127,13 +62,13 @@ def test_tensor_parallel_and_plain_grpo_take_the_same_first_step(workspace, tmp_
 def test_one_step_on_the_papers_training_set(workspace, tmp_path):
     if not (DATA / "deepmath-5k.parquet").is_file():
         pytest.skip("the DeepMath-5k parquet file is not here: set OISD_DATA to its folder")
-    arguments = _arguments(
+    arguments = training_arguments(
         workspace, tmp_path / "deepmath", num_steps=1, data=DATA / "deepmath-5k.parquet", max_prompt_tokens=1024,
         limit_prompts=200, reward="math_verify",
     )  # fmt: skip
-    for code, text in run_ranks(2, _run, arguments):
+    for code, text in run_ranks(2, run_training, arguments):
         assert code == 0, text
-    (line,) = _metrics(tmp_path / "deepmath")
+    (line,) = read_lines(tmp_path / "deepmath")
     assert line["response_length/mean"] > 0
     assert "oisd/think/layer_2" in line
 
@@ -155,7 +90,9 @@ def test_one_step_on_the_papers_training_set(workspace, tmp_path):
 )
 def test_bad_input_is_one_line_on_every_rank(workspace, tmp_path, changes, words):
     start = time.monotonic()
-    for code, text in run_ranks(2, _run, _arguments(workspace, tmp_path / "out", num_steps=2, **changes), timeout_s=60):
+    for code, text in run_ranks(
+        2, run_training, training_arguments(workspace, tmp_path / "out", num_steps=2, **changes), timeout_s=60
+    ):
         assert code == 2
         (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
         for word in words:
@@ -173,7 +110,9 @@ def test_damaged_checkpoints_are_refused(workspace, tmp_path):
         else:
             config = json.loads((load / "hf" / "config.json").read_text())
             (load / "hf" / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
-        for code, text in run_ranks(2, _run, _arguments(workspace, tmp_path / "out", num_steps=1, load=load)):
+        for code, text in run_ranks(
+            2, run_training, training_arguments(workspace, tmp_path / "out", num_steps=1, load=load)
+        ):
             assert code == 2
             assert word in text
             assert str(load) in text
@@ -184,7 +123,7 @@ def test_torchrun_ends_all_ranks_within_seconds_of_an_error(workspace, tmp_path)
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
         "--rdzv-endpoint=127.0.0.1:0", str(ROOT / "tools" / "train_rl.py"),
-        *_arguments(workspace, tmp_path / "out", num_steps=1, tp=3),
+        *training_arguments(workspace, tmp_path / "out", num_steps=1, tp=3),
     ]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode != 0
