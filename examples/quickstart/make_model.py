@@ -188,7 +188,7 @@ def accuracy(
         rollouts = engine.generate(
             [prompt_ids(tokenizer, problem, system_prompt) for problem in problems],
             SamplingParams(max_new_tokens=40, temperature=temperature),
-            seed=seed,
+            seeds=[seed + number for number in range(len(problems))],
         )
     finally:  # the engine takes the model over; training goes on with it
         model.train(training)

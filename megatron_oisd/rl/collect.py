@@ -17,7 +17,7 @@ from megatron_oisd.errors import OISDError
 from megatron_oisd.rl.data import PromptSampler, TokenizedPrompt
 from megatron_oisd.rl.preemption import Interrupted, StopRequest
 from megatron_oisd.rl.rewards import RewardFn
-from megatron_oisd.rl.rollout.base import Rollout, RolloutEngine, SamplingParams
+from megatron_oisd.rl.rollout.base import Rollout, RolloutEngine, SamplingParams, StaleEngineError
 from megatron_oisd.rl.rollout.store import Experience, RolloutStore
 
 Group = tuple[int, list[tuple[Rollout, float]]]
@@ -72,6 +72,7 @@ class Collector:
 
         Raises:
             OISDError: the engine of a rank failed; raised on every rank.
+            StaleEngineError: the engine of a rank lost the weights it was given; likewise.
             Interrupted: a rank was asked to stop; raised on every rank.
         """
         kept = self._kept(step)
@@ -97,7 +98,7 @@ class Collector:
         rows = self.sampler.step(number)
         share = rows[self._rank :: self._world_size]
         groups: list[Group] = []
-        failure: str | None = None
+        failure: OISDError | None = None
         interrupted = False
         try:
             with self._stop.interruptible():
@@ -105,18 +106,18 @@ class Collector:
                     [self.prompts[row].token_ids for row in share],
                     self.sampling,
                     samples_per_prompt=self._samples,
-                    seed=derived_seed(self._seed, number, self._rank),
+                    seeds=[derived_seed(self._seed, number, row) for row in share],
                 )
                 groups = [(row, self._score(row, rollouts)) for row, rollouts in zip(share, sampled, strict=True)]
         except Interrupted:
             interrupted = True
         except OISDError as error:
-            failure = str(error)
+            failure = type(error)(str(error)) if isinstance(error, StaleEngineError) else OISDError(str(error))
         gathered: list[Any] = [None] * self._world_size
         dist.all_gather_object(gathered, (groups, failure, interrupted))
-        for _, text, _ in gathered:
-            if text is not None:
-                raise OISDError(text)
+        failures = [error for _, error, _ in gathered if error is not None]
+        for error in sorted(failures, key=lambda found: isinstance(found, StaleEngineError)):
+            raise error  # the first that a refresh does not mend, where there is one
         if any(asked for _, _, asked in gathered):
             raise Interrupted
         return [gathered[i % self._world_size][0][i // self._world_size] for i in range(len(rows))]

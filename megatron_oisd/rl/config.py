@@ -18,6 +18,9 @@ def _field(default: Any, help_text: str) -> Any:
     return field(default=default, metadata={"help": help_text})
 
 
+ROLLOUT_ENGINES = ("transformers", "vllm", "vllm_in_process", "vllm_server")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One GRPO (+ OISD) run. The defaults of the algorithm follow the paper's recipe; see ``docs/paper_map.md``.
@@ -57,6 +60,17 @@ class TrainConfig:
     durable_rollouts: bool = _field(True, "keep rollouts on disk until a checkpoint is written")
     limit_prompts: int | None = _field(None, "use only the first N prompts of the data")
 
+    rollout_engine: str = _field(
+        "transformers",
+        "who samples: transformers; vllm (a process of its own for each rank); vllm_in_process; vllm_server (HTTP)",
+    )
+    rollout_urls: str = _field("", "vllm_server: URLs of the servers, comma-separated; ranks are spread over them")
+    rollout_timeout_s: float = _field(600.0, "seconds that an engine may take for one response or one refresh")
+    rollout_retries: int = _field(5, "further attempts after a failed request to a server, or a stale engine")
+    rollout_weights_host: str = _field("127.0.0.1", "address of this machine from which servers fetch weights")
+    rollout_gpu_memory_utilization: float = _field(0.4, "share of the GPU's memory that vLLM in the job takes")
+    rollout_sleep: bool = _field(False, "free the engine's GPU memory during the update")
+
     lr: float = _field(1e-6, "learning rate, constant after the warm-up")
     lr_warmup_steps: int = _field(0, "optimizer steps of linear warm-up")
     weight_decay: float = _field(0.01, "AdamW weight decay")
@@ -82,16 +96,27 @@ class TrainConfig:
                 raise OISDError(f"--{name} is missing: expected {what}")
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
-            least = 0 if item.name in ("lr_warmup_steps", "seed") else 1
+            least = 0 if item.name in ("lr_warmup_steps", "seed", "rollout_retries") else 1
             if type(value) is int and value < least:
                 raise OISDError(f"{_flag(item.name)} is {value}: expected an integer of at least {least}")
-        for name in ("temperature", "lr", "clip_grad"):
+        for name in ("temperature", "lr", "clip_grad", "rollout_timeout_s"):
             if not getattr(self, name) > 0:
                 raise OISDError(f"{_flag(name)} is {getattr(self, name)}: expected a number above 0")
         if not 0 < self.top_p <= 1:
             raise OISDError(f"--top-p is {self.top_p}: expected a number above 0 and at most 1")
         if self.recompute not in ("none", "selective", "full"):
             raise OISDError(f"--recompute is {self.recompute!r}: expected none, selective or full")
+        if self.rollout_engine not in ROLLOUT_ENGINES:
+            raise OISDError(f"--rollout-engine is {self.rollout_engine!r}: expected one of {', '.join(ROLLOUT_ENGINES)}")
+        if (self.rollout_engine == "vllm_server") != bool(self.server_urls):
+            raise OISDError(
+                f"--rollout-urls is {self.rollout_urls!r} with --rollout-engine {self.rollout_engine}: give the URLs of "
+                "running servers with vllm_server, and none otherwise"
+            )
+        if not 0 < self.rollout_gpu_memory_utilization <= 1:
+            raise OISDError(
+                f"--rollout-gpu-memory-utilization is {self.rollout_gpu_memory_utilization}: expected a share of 0 to 1"
+            )
         if self.prompts_per_step % self.mini_batch_prompts:
             raise OISDError(
                 f"--prompts-per-step is {self.prompts_per_step} and --mini-batch-prompts {self.mini_batch_prompts} "
@@ -109,6 +134,11 @@ class TrainConfig:
                 f"into microbatches of {self.micro_batch_size} on {data_parallel} data-parallel ranks: change "
                 "--micro-batch-size or the mini-batch"
             )
+
+    @property
+    def server_urls(self) -> list[str]:
+        """The rollout servers."""
+        return [url.strip() for url in self.rollout_urls.split(",") if url.strip()]
 
     @property
     def policy_loss(self) -> PolicyLossConfig:
@@ -150,7 +180,8 @@ NOT_OF_THE_TRAJECTORY = frozenset(
     (
         *("output", "resume", "tp", "pp", "sequence_parallel", "use_distributed_optimizer", "recompute", "num_steps"),
         *("micro_batch_size", "save_interval", "keep_checkpoints", "durable_rollouts"),
-        "dist_ckpt_optim_fully_reshardable",
+        *("dist_ckpt_optim_fully_reshardable", "rollout_urls", "rollout_timeout_s", "rollout_retries"),
+        *("rollout_weights_host", "rollout_gpu_memory_utilization", "rollout_sleep"),
     )
 )
 """Fields that a resumed run may change and yet follow the same trajectory (up to rounding)."""

@@ -146,6 +146,7 @@ def evaluate_engine(
     seed: int,
     batch: int = 64,
     progress: Callable[[int], object] | None = None,
+    log: ProblemLog | None = None,
 ) -> EvaluationResult:
     """Sample every prompt and score the responses.
 
@@ -156,9 +157,10 @@ def evaluate_engine(
         reward: scores a response; one of at least 1 counts as right.
         sampling: temperature, top_p and the response limit in tokens.
         samples_per_prompt: K.
-        seed: with the prompts, ``samples_per_prompt`` and ``batch`` it fixes every response.
+        seed: with a problem's id it fixes its responses, whatever else is evaluated with it.
         batch: most responses asked of the engine in one call.
         progress: called with the number of responses just finished, for example ``tqdm.update``.
+        log: keeps finished problems, and gives those that an earlier, interrupted evaluation finished.
 
     Raises:
         OISDError: no prompts, or ``samples_per_prompt`` or ``batch`` below 1.
@@ -167,23 +169,88 @@ def evaluate_engine(
         raise OISDError("nothing to evaluate: no prompts; check the data file and the prompt length limit")
     if samples_per_prompt < 1 or batch < 1:
         raise OISDError(f"samples_per_prompt {samples_per_prompt} and batch {batch} must both be at least 1")
-
-    rollouts: list[list[Rollout]] = [[] for _ in prompts]
+    results: dict[int, ProblemResult] = {}
+    for number, prompt in enumerate(prompts):
+        known = log.finished.get(prompt.record.id) if log is not None else None
+        if known is not None:
+            results[number] = known
+            if progress is not None:
+                progress(samples_per_prompt)
+    todo = [number for number in range(len(prompts)) if number not in results]
     group = max(1, batch // samples_per_prompt)
-    for start in range(0, len(prompts), group):
-        token_ids = [prompt.token_ids for prompt in prompts[start : start + group]]
+    for start in range(0, len(todo), group):
+        numbers = todo[start : start + group]
+        rollouts: dict[int, list[Rollout]] = {number: [] for number in numbers}
         for first in range(0, samples_per_prompt, batch):
             count = min(batch, samples_per_prompt - first)
-            call_seed = _derived_seed(seed, start, first)
-            answers = engine.generate(token_ids, sampling, samples_per_prompt=count, seed=call_seed)
-            assert [len(samples) for samples in answers] == [count] * len(token_ids), "engine broke its protocol"
-            for offset, samples in enumerate(answers):
-                rollouts[start + offset].extend(samples)
+            seeds = [_derived_seed(seed, prompts[number].record.id, first) for number in numbers]
+            token_ids = [prompts[number].token_ids for number in numbers]
+            answers = engine.generate(token_ids, sampling, samples_per_prompt=count, seeds=seeds)
+            assert [len(samples) for samples in answers] == [count] * len(numbers), "engine broke its protocol"
+            for number, samples in zip(numbers, answers, strict=True):
+                rollouts[number].extend(samples)
             if progress is not None:
-                progress(count * len(token_ids))
-    return EvaluationResult(
-        [_score(prompt, samples, tokenizer, reward) for prompt, samples in zip(prompts, rollouts, strict=True)]
-    )
+                progress(count * len(numbers))
+        for number in numbers:
+            results[number] = _score(prompts[number], rollouts[number], tokenizer, reward)
+            if log is not None:
+                log.add(results[number])
+    return EvaluationResult([results[number] for number in range(len(prompts))])
+
+
+class ProblemLog:
+    """Finished problems of an evaluation that is under way, one line each, after a line of its settings.
+
+    Args:
+        path: of the file; :meth:`close` removes it.
+        settings: of the evaluation. A file with others is not gone on with.
+
+    Raises:
+        OISDError: the file is of an evaluation with other settings, or cannot be read or written.
+    """
+
+    def __init__(self, path: str | Path, settings: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        self.finished: dict[str, ProblemResult] = {}
+        """By problem id."""
+        header = json.dumps(settings, sort_keys=True)
+        try:
+            if self.path.exists():
+                self._read(header)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("w", encoding="utf-8")  # again from the start: drops a half-written line
+            self._file.write(header + "\n")
+            for problem in self.finished.values():
+                self.add(problem)
+        except OSError as error:
+            raise OISDError(f"{self.path}: cannot be used ({error.strerror}); choose another --output") from error
+
+    def _read(self, header: str) -> None:
+        first, *lines = self.path.read_text(encoding="utf-8").split("\n")
+        if not lines:  # killed before its first line was whole
+            return
+        if first != header:
+            raise OISDError(
+                f"{self.path}: an unfinished evaluation with other settings; repeat it with those to finish it, remove "
+                "the file, or choose another --label"
+            )
+        for line in lines[:-1]:
+            try:
+                problem = ProblemResult(**json.loads(line))
+            except (ValueError, TypeError) as error:
+                raise OISDError(f"{self.path}: not an evaluation's log ({error}); remove the file") from error
+            self.finished[problem.id] = problem
+
+    def add(self, problem: ProblemResult) -> None:
+        """Keep a finished problem."""
+        self._file.write(json.dumps(asdict(problem), ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self, *, remove: bool) -> None:
+        """Close the file; remove it where its content stands elsewhere now."""
+        self._file.close()
+        if remove:
+            self.path.unlink(missing_ok=True)
 
 
 def write_problems(result: EvaluationResult, path: str | Path) -> None:
@@ -273,8 +340,8 @@ def _score(prompt: TokenizedPrompt, samples: Sequence[Rollout], tokenizer: Any, 
     )
 
 
-def _derived_seed(seed: int, prompt: int, sample: int) -> int:
-    """Return a 31-bit seed for one engine call: calls of one evaluation must not share their random numbers."""
+def _derived_seed(seed: int, prompt: str, sample: int) -> int:
+    """Return a 31-bit seed for one problem: problems of one evaluation must not share their random numbers."""
     digest = hashlib.blake2b(f"{seed}/{prompt}/{sample}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little") >> 1
 

@@ -15,7 +15,6 @@ from megatron_oisd.convert.checkpoint import HF_DIRECTORY, load_model, model_sta
 from megatron_oisd.convert.hf_files import tokenizer_size
 from megatron_oisd.errors import OISDError
 from megatron_oisd.rl.config import TrainConfig
-from megatron_oisd.rl.rollout.base import RolloutEngine
 from megatron_oisd.runtime.model import ModelArguments, build_model, transformer_config
 
 
@@ -169,20 +168,3 @@ def load_tokenizer(directory: str | Path) -> Any:
             f"the tokenizer in {directory}/{HF_DIRECTORY} cannot be loaded ({type(error).__name__}): copy the HF "
             "model's tokenizer files there"
         ) from error
-
-
-def build_engine(config: TrainConfig, tokenizer: Any) -> RolloutEngine:
-    """The embedded rollout engine: a transformers model of the same shape, whose weights the trainer streams in."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from megatron_oisd.rl.rollout.transformers_engine import TransformersEngine
-
-    hf_config = AutoConfig.from_pretrained(Path(config.load) / HF_DIRECTORY, trust_remote_code=False)
-    dtype = torch.bfloat16 if config.bf16 else torch.float32
-    model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, trust_remote_code=False)
-    if torch.cuda.is_available():
-        model = model.to(torch.cuda.current_device())
-    if tokenizer.eos_token_id is None:
-        raise OISDError(f"the tokenizer in {config.load}/{HF_DIRECTORY} has no eos_token: responses could not end")
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return TransformersEngine(model, eos_token_id=tokenizer.eos_token_id, pad_token_id=pad)

@@ -38,9 +38,10 @@ from megatron_oisd.rl.metrics_log import MetricsLog
 from megatron_oisd.rl.policy import ParallelGroups, PolicyMicrobatch, PolicyPass
 from megatron_oisd.rl.preemption import Interrupted, StopRequest
 from megatron_oisd.rl.rewards import get_reward
-from megatron_oisd.rl.rollout.base import SamplingParams
+from megatron_oisd.rl.rollout.base import ServerError, StaleEngineError
+from megatron_oisd.rl.rollout.factory import build_engine, sampling_params
 from megatron_oisd.rl.rollout.store import Experience, RolloutStore
-from megatron_oisd.rl.setup import build_engine, build_training, load_tokenizer
+from megatron_oisd.rl.setup import build_training, load_tokenizer
 from megatron_oisd.runtime import distributed
 
 CHECKPOINTS = "checkpoints"
@@ -89,9 +90,7 @@ class Trainer:
             sampler=PromptSampler(len(self.prompts), config.prompts_per_step, config.seed),
             decode=lambda tokens: self.tokenizer.decode(tokens, skip_special_tokens=True),
             reward=get_reward(config.reward),
-            sampling=SamplingParams(
-                max_new_tokens=config.max_response_tokens, temperature=config.temperature, top_p=config.top_p
-            ),
+            sampling=sampling_params(config),
             samples_per_prompt=config.samples_per_prompt,
             seed=config.seed,
             max_rounds=config.dynamic_sampling_max_rounds if config.dynamic_sampling else 1,
@@ -146,8 +145,10 @@ class Trainer:
         clock = _Clock()
         distributed.seed_everything(derived_seed(self.config.seed, self.step) % 2**31)
         self._leave_if_asked()
-        experience = self.collector.collect(self.step, self.rounds)
+        experience = self._collect()
         self._leave_if_asked()
+        if self.config.rollout_sleep:
+            self.engine.sleep()
         metrics = _rollout_metrics(experience) | clock.lap("generate")
 
         advantages = group_advantages(experience.rewards)
@@ -256,25 +257,44 @@ class Trainer:
         mean = (total[0] / total[1].clamp_min(1)).item()
         return {"rollout/log_prob_diff_mean": mean, "rollout/log_prob_diff_max": largest.item()}
 
+    def _collect(self) -> Experience:
+        """The step's rollouts; an engine that lost its weights, as a restarted server has, gets them again."""
+        for _ in range(self.config.rollout_retries):
+            try:
+                return self.collector.collect(self.step, self.rounds)
+            except StaleEngineError as error:
+                if self.rank == 0:
+                    warnings.warn(f"{error}; sending it the weights and sampling again", stacklevel=2)
+                self._refresh_engine()
+        return self.collector.collect(self.step, self.rounds)
+
     def _refresh_engine(self) -> None:
         """Stream the current weights into the engine; a collective, since every rank holds a part of them."""
         assert self.groups.tp is not None
         assert self.groups.pp is not None
-        tensors = export_hf_weights(
-            self.training.chunks, self.training.arguments, tp_group=self.groups.tp, pp_group=self.groups.pp
-        )
-        failure: str | None = None
-        try:
-            self.engine.update_weights(tensors, version=self.step)
-        except OISDError as error:
-            failure = str(error)
+        for attempt in range(self.config.rollout_retries + 1):
+            tensors = export_hf_weights(
+                self.training.chunks, self.training.arguments, tp_group=self.groups.tp, pp_group=self.groups.pp
+            )
+            failure: OISDError | None = None
+            try:
+                if self.config.rollout_sleep and attempt == 0:
+                    self.engine.wake()
+                self.engine.update_weights(tensors, version=self.step)
+            except OISDError as error:
+                failure = error
             for _ in tensors:  # the other ranks wait for this one's part
                 pass
-        failures: list[str | None] = [None] * self.world_size
-        dist.all_gather_object(failures, failure)
-        first = next((text for text in failures if text is not None), None)
-        if first is not None:
-            raise OISDError(first)
+            failures: list[tuple[str, bool] | None] = [None] * self.world_size
+            dist.all_gather_object(failures, failure and (str(failure), isinstance(failure, ServerError)))
+            found = [entry for entry in failures if entry is not None]
+            if not found:
+                return
+            text, mendable = min(found, key=lambda entry: entry[1])
+            if not mendable or attempt == self.config.rollout_retries:
+                raise OISDError(text)
+            if self.rank == 0:
+                warnings.warn(f"{text}; refreshing again", stacklevel=2)
 
     def _leave_if_asked(self) -> None:
         if self.stop.agreed(self.device):

@@ -109,7 +109,7 @@ def test_random_model_generates(tied: bool, tmp_path: Path) -> None:
     assert config.model_type == "qwen3"
     assert config.tie_word_embeddings == tied
     engine = TransformersEngine.from_pretrained(path)
-    (group,) = engine.generate([[5, 6, 7]], SamplingParams(max_new_tokens=4), samples_per_prompt=2, seed=0)
+    (group,) = engine.generate([[5, 6, 7]], SamplingParams(max_new_tokens=4), samples_per_prompt=2, seeds=[0])
     assert len(group) == 2
 
 

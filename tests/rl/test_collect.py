@@ -29,13 +29,13 @@ class _Engine:
 
     def __init__(self) -> None:
         self.weights_version = 0
-        self.calls: list[tuple[list[list[int]], int]] = []
+        self.calls: list[tuple[list[list[int]], list[int]]] = []
         self.behaviour: Any = lambda: None
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, *, samples_per_prompt: int = 1, seed: int
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, *, samples_per_prompt: int = 1, seeds: Sequence[int]
     ) -> list[list[Rollout]]:
-        self.calls.append(([list(prompt) for prompt in prompts], seed))
+        self.calls.append(([list(prompt) for prompt in prompts], list(seeds)))
         self.behaviour()
         return [
             [

@@ -20,6 +20,7 @@ from megatron_oisd.errors import OISDError
 from megatron_oisd.rl.data import PromptRecord, TokenizedPrompt
 from megatron_oisd.rl.evaluate import (
     EvaluationResult,
+    ProblemLog,
     ProblemResult,
     avg_at_k,
     bootstrap_interval,
@@ -85,16 +86,16 @@ class ScriptedEngine:
     weights_version = 0
 
     def __init__(self) -> None:
-        self.calls: list[tuple[int, int, int]] = []
+        self.calls: list[tuple[int, int, list[int]]] = []
         self.closed = False
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, *, samples_per_prompt: int = 1, seed: int
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, *, samples_per_prompt: int = 1, seeds: Sequence[int]
     ) -> list[list[Rollout]]:
-        self.calls.append((len(prompts), samples_per_prompt, seed))
-        generator = np.random.default_rng(seed)
+        self.calls.append((len(prompts), samples_per_prompt, list(seeds)))
         answers = []
-        for answer, percent in prompts:
+        for (answer, percent), seed in zip(prompts, seeds, strict=True):
+            generator = np.random.default_rng(seed)
             samples = []
             for _ in range(samples_per_prompt):
                 right = generator.random() * 100 < percent
@@ -179,9 +180,38 @@ def test_batches_cover_every_sample_once(batch: int) -> None:
     assert all(0 < number * samples <= max(batch, 1) for number, samples, _ in engine.calls)
     assert [len(problem.rewards) for problem in result.problems] == [4] * 5
     assert [problem.id for problem in result.problems] == [f"p{i}" for i in range(5)]
-    seeds = [seed for _, _, seed in engine.calls]
-    assert len(set(seeds)) == len(seeds), "calls that share a seed give correlated samples"
+    seeds = [seed for _, _, seeds in engine.calls for seed in seeds]
+    assert len(set(seeds)) == len(seeds), "problems that share a seed give correlated samples"
     assert all(0 <= seed < 2**31 for seed in seeds)
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_was(tmp_path: Path) -> None:
+    whole = evaluate([50] * 6, 4, seed=3)
+
+    class Failing(ScriptedEngine):
+        def generate(self, *args: Any, **options: Any) -> list[list[Rollout]]:
+            if len(self.calls) == 2:
+                raise KeyboardInterrupt
+            return super().generate(*args, **options)
+
+    path, settings = tmp_path / "a.unfinished.jsonl", {"seed": 3}
+    with pytest.raises(KeyboardInterrupt):
+        evaluate([50] * 6, 4, seed=3, batch=8, engine=Failing(), log=ProblemLog(path, settings))
+    with path.open("a") as file:
+        file.write('{"id": "p4", "half')  # killed in the middle of a line
+    with pytest.raises(OISDError, match="other settings"):
+        ProblemLog(path, {"seed": 4})
+    log, engine, done = ProblemLog(path, settings), ScriptedEngine(), []
+    assert sorted(log.finished) == ["p0", "p1", "p2", "p3"]
+    assert evaluate([50] * 6, 4, seed=3, engine=engine, log=log, progress=done.append) == whole
+    assert [number for number, _, _ in engine.calls] == [2]
+    assert sum(done) == 24
+    log.close(remove=True)
+    assert not path.exists()
+
+
+def test_a_problems_responses_do_not_depend_on_the_others() -> None:
+    assert evaluate([50] * 6, 4, batch=8).problems[:2] == evaluate([50] * 2, 4).problems
 
 
 def test_the_seed_decides() -> None:
@@ -273,7 +303,7 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
     engines = ModuleType("megatron_oisd.rl.rollout.transformers_engine")
     engines.TransformersEngine = type(  # type: ignore[attr-defined]
-        "TransformersEngine", (), {"from_pretrained": staticmethod(lambda path: ScriptedEngine())}
+        "TransformersEngine", (), {"from_pretrained": staticmethod(lambda path, dtype: ScriptedEngine())}
     )
     monkeypatch.setitem(sys.modules, engines.__name__, engines)
     monkeypatch.setattr(module, "load_tokenizer", lambda path: Tokenizer())

@@ -10,8 +10,8 @@ import torch
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 from megatron_oisd.errors import OISDError
-from megatron_oisd.rl.rollout.base import Rollout, SamplingParams
-from megatron_oisd.rl.rollout.transformers_engine import INCONSISTENT_VERSION, TransformersEngine
+from megatron_oisd.rl.rollout.base import INCONSISTENT_VERSION, Rollout, SamplingParams
+from megatron_oisd.rl.rollout.transformers_engine import TransformersEngine
 
 EOS, PAD, VOCABULARY = 2, 0, 24
 PROMPTS = [[5, 6, 7, 8, 9, 10], [3], [11, 12, 13], [4, 4, 4, 4]]
@@ -60,7 +60,7 @@ def forward_logits(model: Qwen3ForCausalLM, rollout: Rollout) -> torch.Tensor:
 def test_logprobs_equal_a_direct_forward(temperature: float, top_p: float, batch_size: int) -> None:
     engine = make_engine(batch_size=batch_size)
     sampling = SamplingParams(max_new_tokens=12, temperature=temperature, top_p=top_p)
-    results = engine.generate(PROMPTS, sampling, samples_per_prompt=3, seed=5)
+    results = engine.generate(PROMPTS, sampling, samples_per_prompt=3, seeds=[5] * 4)
     assert [len(group) for group in results] == [3] * len(PROMPTS)
     model = make_model()
     for prompt, group in zip(PROMPTS, results, strict=True):
@@ -73,14 +73,14 @@ def test_logprobs_equal_a_direct_forward(temperature: float, top_p: float, batch
 
 def test_sampling_follows_the_distribution() -> None:
     engine = make_engine()
-    (group,) = engine.generate([[5, 6]], SamplingParams(max_new_tokens=1), samples_per_prompt=4000, seed=0)
+    (group,) = engine.generate([[5, 6]], SamplingParams(max_new_tokens=1), samples_per_prompt=4000, seeds=[0])
     counts = torch.bincount(torch.tensor([rollout.response_ids[0] for rollout in group]), minlength=VOCABULARY)
     expected = forward_logits(make_model(), group[0])[0].softmax(-1)
     assert (counts / 4000 - expected).abs().max() < 4 * (0.25 / 4000) ** 0.5
 
 
 def test_greedy_takes_the_largest_logit() -> None:
-    (group,) = make_engine().generate([PROMPTS[0]], SamplingParams(max_new_tokens=8, temperature=0), seed=0)
+    (group,) = make_engine().generate([PROMPTS[0]], SamplingParams(max_new_tokens=8, temperature=0), seeds=[0])
     logits = forward_logits(make_model(), group[0])
     assert logits.argmax(-1).tolist() == group[0].response_ids
 
@@ -88,7 +88,7 @@ def test_greedy_takes_the_largest_logit() -> None:
 def test_same_seed_same_rollouts_other_seed_others() -> None:
     sampling = SamplingParams(max_new_tokens=10)
     engine = make_engine()
-    first, again, other = (engine.generate(PROMPTS, sampling, samples_per_prompt=2, seed=s) for s in (1, 1, 2))
+    first, again, other = (engine.generate(PROMPTS, sampling, samples_per_prompt=2, seeds=[s] * 4) for s in (1, 1, 2))
     assert first == again
     assert first != other
     assert first[0][0].response_ids != first[0][1].response_ids or first[2][0] != first[2][1]
@@ -98,7 +98,7 @@ def test_the_callers_random_state_is_untouched() -> None:
     engine = make_engine()
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    engine.generate(PROMPTS, SamplingParams(max_new_tokens=4), seed=9)
+    engine.generate(PROMPTS, SamplingParams(max_new_tokens=4), seeds=[9] * 4)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -109,13 +109,13 @@ def test_the_checkpoints_generation_config_changes_nothing() -> None:
         do_sample=True, top_k=1, min_p=0.5, temperature=0.1, repetition_penalty=3.0, eos_token_id=7, bad_words_ids=[[9]]
     )
     strange = TransformersEngine(model, eos_token_id=EOS, pad_token_id=PAD)
-    assert_same(strange.generate(PROMPTS, sampling, seed=1), make_engine().generate(PROMPTS, sampling, seed=1))
+    assert_same(strange.generate(PROMPTS, sampling, seeds=[1] * 4), make_engine().generate(PROMPTS, sampling, seeds=[1] * 4))
 
 
 @pytest.mark.parametrize("pad", [PAD, EOS])
 def test_responses_end_with_the_first_end_token(pad: int) -> None:
     engine = TransformersEngine(make_model(), eos_token_id=[EOS, 9], pad_token_id=pad)
-    groups = engine.generate(PROMPTS, SamplingParams(max_new_tokens=20), samples_per_prompt=30, seed=0)
+    groups = engine.generate(PROMPTS, SamplingParams(max_new_tokens=20), samples_per_prompt=30, seeds=[0] * 4)
     rollouts = [rollout for group in groups for rollout in group]
     assert {rollout.finish_reason for rollout in rollouts} == {"stop", "length"}
     for rollout in rollouts:
@@ -132,14 +132,41 @@ def test_responses_end_with_the_first_end_token(pad: int) -> None:
         ([[3], []], SamplingParams(max_new_tokens=4), "prompt 1 is empty"),
         ([[3, VOCABULARY]], SamplingParams(max_new_tokens=4), "vocabulary"),
         ([[3] * 61], SamplingParams(max_new_tokens=4), "64 positions"),
-        ([[3]], SamplingParams(max_new_tokens=0), "max_new_tokens=0"),
-        ([[3]], SamplingParams(max_new_tokens=4, temperature=-1.0), r"temperature=-1\.0"),
-        ([[3]], SamplingParams(max_new_tokens=4, top_p=0.0), r"top_p=0\.0"),
     ],
 )
 def test_unusable_requests_are_refused(prompts: list[list[int]], sampling: SamplingParams, message: str) -> None:
     with pytest.raises(OISDError, match=message):
-        make_engine().generate(prompts, sampling, seed=0)
+        make_engine().generate(prompts, sampling, seeds=[0] * len(prompts))
+
+
+@pytest.mark.parametrize(
+    "values", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}]
+)
+def test_sampling_values_out_of_range_are_refused(values: dict[str, float]) -> None:
+    with pytest.raises(OISDError, match=f"{next(iter(values))}="):
+        SamplingParams(**({"max_new_tokens": 4} | values))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.6])
+def test_a_response_depends_on_its_own_seed_alone(top_p: float) -> None:
+    sampling = SamplingParams(max_new_tokens=12, top_p=top_p)
+    together = make_engine().generate(PROMPTS, sampling, samples_per_prompt=3, seeds=[11, 12, 13, 14])
+    for index, seed in enumerate((11, 12, 13, 14)):
+        alone = make_engine(batch_size=2).generate([PROMPTS[index]], sampling, samples_per_prompt=3, seeds=[seed])
+        assert_same(alone, [together[index]])
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
+    engine, model = make_engine(), make_model()
+    sampling = SamplingParams(max_new_tokens=1, top_p=0.5)
+    (group,) = engine.generate([[5, 6]], sampling, samples_per_prompt=2000, seeds=[0])
+    p = forward_logits(model, group[0])[0].softmax(-1)
+    order = p.argsort(descending=True)
+    kept = int((p[order].cumsum(0) < 0.5).sum()) + 1
+    drawn = torch.bincount(torch.tensor([rollout.response_ids[0] for rollout in group]), minlength=VOCABULARY) / 2000
+    assert set(drawn.nonzero().flatten().tolist()) == set(order[:kept].tolist())
+    expected = torch.zeros_like(p).index_copy_(0, order[:kept], p[order[:kept]] / p[order[:kept]].sum())
+    assert (drawn - expected).abs().max() < 4 * (0.25 / 2000) ** 0.5
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -153,8 +180,8 @@ def test_refreshed_engine_samples_like_a_new_one(tied: bool, with_head: bool) ->
     engine.update_weights(((name, tensor.clone()) for name, tensor in weights.items()), version=7)
     assert engine.weights_version == 7
     sampling = SamplingParams(max_new_tokens=10)
-    expected = make_engine(seed=1, tied=tied).generate(PROMPTS, sampling, seed=4)
-    assert_same(engine.generate(PROMPTS, sampling, seed=4), expected)
+    expected = make_engine(seed=1, tied=tied).generate(PROMPTS, sampling, seeds=[4] * 4)
+    assert_same(engine.generate(PROMPTS, sampling, seeds=[4] * 4), expected)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +210,7 @@ def test_from_pretrained_round_trip(tmp_path: Path) -> None:
     make_model().save_pretrained(tmp_path)
     sampling = SamplingParams(max_new_tokens=8)
     loaded = TransformersEngine.from_pretrained(tmp_path)
-    assert_same(loaded.generate(PROMPTS, sampling, seed=1), make_engine().generate(PROMPTS, sampling, seed=1))
+    assert_same(loaded.generate(PROMPTS, sampling, seeds=[1] * 4), make_engine().generate(PROMPTS, sampling, seeds=[1] * 4))
 
 
 def test_unreadable_checkpoints_are_refused(tmp_path: Path) -> None:
@@ -212,4 +239,4 @@ def test_a_closed_engine_says_so() -> None:
     engine = make_engine()
     engine.close()
     with pytest.raises(RuntimeError, match="closed"):
-        engine.generate(PROMPTS, SamplingParams(max_new_tokens=4), seed=0)
+        engine.generate(PROMPTS, SamplingParams(max_new_tokens=4), seeds=[0] * 4)

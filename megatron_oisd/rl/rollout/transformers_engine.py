@@ -6,56 +6,66 @@ Shapes: B sequences of a batch, T new tokens, V vocabulary.
 from __future__ import annotations
 
 import os
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from megatron_oisd.errors import OISDError
-from megatron_oisd.rl.rollout.base import Rollout, SamplingParams
-
-INCONSISTENT_VERSION = -1
-"""``weights_version`` after a refresh that failed half-way: no trainer's version, so its samples are refused."""
+from megatron_oisd.rl.rollout.base import INCONSISTENT_VERSION, ModelLimits, Rollout, SamplingParams
+from megatron_oisd.rl.rollout.weight_names import ExpectedWeights
 
 
-class _LogprobRecorder(LogitsProcessor):
-    """Keeps the log-probability of each sampled token and only one step of logits (``output_logits`` keeps all T).
+class _Sampler(LogitsProcessor):
+    """Draws the tokens itself and lets ``generate`` choose greedily among what it left: one token.
 
-    ``generate`` calls it before temperature and top_p, with the tokens so far: the newest one belongs to the logits
-    of the previous call.
+    Each row has random numbers of its own, one a position, so that what is drawn depends neither on the rows beside it
+    nor on their number; and only one step of logits is kept (``output_logits`` keeps all T).
+
+    Args:
+        sampling: how.
+        uniforms: ``[B, T]`` in [0, 1), float64.
     """
 
-    def __init__(self, temperature: float):
-        self._temperature = temperature
-        self._logits: Tensor | None = None
+    def __init__(self, sampling: SamplingParams, uniforms: Tensor) -> None:
+        self._sampling, self._uniforms = sampling, uniforms
         self._logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self._record(input_ids)
+        del input_ids
+        log_p = (scores.float() / (self._sampling.temperature or 1.0)).log_softmax(-1)
         if not torch.isfinite(scores.sum()):  # one number: NaN or inf anywhere makes the sum so
             raise OISDError(
                 "the policy's logits are NaN or infinite, so nothing can be sampled; go back to "
                 "the last good checkpoint and lower --lr"
             )
-        self._logits = scores
-        return scores
+        if self._sampling.temperature == 0:
+            chosen = scores.argmax(-1, keepdim=True)
+        else:
+            chosen = self._draw(log_p, self._uniforms[:, len(self._logprobs)])
+        self._logprobs.append(log_p.gather(1, chosen).squeeze(1))
+        return torch.full_like(scores, float("-inf")).scatter_(1, chosen, 0.0)
 
-    def finish(self, sequences: Tensor) -> Tensor:
+    def _draw(self, log_p: Tensor, uniforms: Tensor) -> Tensor:
+        """Inverse of the cumulative distribution; ``[B, 1]`` token ids."""
+        p, order = log_p.double().exp(), None
+        if self._sampling.top_p < 1:
+            p, order = p.sort(stable=True, dim=-1, descending=True)
+            before = p.cumsum(-1) - p
+            p = p.masked_fill(before >= self._sampling.top_p, 0.0)  # the first token always stays
+        cumulative = p.cumsum(-1)
+        point = uniforms.to(cumulative.device).unsqueeze(1) * cumulative[:, -1:]
+        # Right of equal entries: a token without probability is never drawn.
+        index = torch.searchsorted(cumulative, point, right=True).clamp_max(p.shape[-1] - 1)
+        return index if order is None else order.gather(1, index)
+
+    def finish(self) -> Tensor:
         """Log-probabilities ``[B, T]`` in fp32; entries after a sequence's end are meaningless."""
-        self._record(sequences)
         return torch.stack(self._logprobs, dim=1)
-
-    def _record(self, tokens: Tensor) -> None:
-        if self._logits is None:
-            return
-        logits = self._logits.float() / self._temperature
-        chosen = logits.gather(1, tokens[:, -1:]).squeeze(1)
-        self._logprobs.append(chosen - logits.logsumexp(dim=1))
 
 
 class TransformersEngine:
@@ -91,6 +101,9 @@ class TransformersEngine:
         self._batch_size = batch_size
         self._model: Any = model.eval().requires_grad_(False)
         self._model.generation_config = GenerationConfig()
+        self._limits = ModelLimits(
+            model.get_input_embeddings().num_embeddings, getattr(model.config, "max_position_embeddings", None)
+        )
         self.weights_version = 0
 
     @classmethod
@@ -136,28 +149,32 @@ class TransformersEngine:
         return cls(model, eos_token_id=eos, pad_token_id=pad, batch_size=batch_size)
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, *, samples_per_prompt: int = 1, seed: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        *,
+        samples_per_prompt: int = 1,
+        seeds: Sequence[int],
     ) -> list[list[Rollout]]:
         """Sample responses; see :class:`~megatron_oisd.rl.rollout.base.RolloutEngine`.
 
-        Returns ``samples_per_prompt`` rollouts for each prompt, in the caller's order. The caller's random state is
-        left as it was. The same arguments and weights give the same rollouts, for one ``batch_size``.
+        The caller's random state is not touched.
 
         Raises:
             OISDError: an empty prompt, a token outside the vocabulary, a sequence longer than the model's positions,
-                or a sampling value out of range.
+                or another number of seeds than prompts.
         """
-        model = self._open_model()
-        self._check(prompts, sampling, samples_per_prompt)
-        rows = [prompt_index for prompt_index in range(len(prompts)) for _ in range(samples_per_prompt)]
-        rows.sort(key=lambda index: len(prompts[index]))  # stable; equal lengths together waste least padding
+        self._open_model()
+        self._limits.check_request(prompts, sampling, samples_per_prompt, seeds)
+        rows = [(index, sample) for index in range(len(prompts)) for sample in range(samples_per_prompt)]
+        rows.sort(key=lambda row: len(prompts[row[0]]))  # stable; equal lengths together waste least padding
         results: list[list[Rollout]] = [[] for _ in prompts]
-        with torch.inference_mode(), _seeded(seed, model.device):
+        with torch.inference_mode():
             for start in range(0, len(rows), self._batch_size):
                 batch = rows[start : start + self._batch_size]
-                for index, rollout in zip(
-                    batch, self._generate_batch([prompts[i] for i in batch], sampling), strict=True
-                ):
+                uniforms = torch.stack([_uniforms(seeds[i], sample, sampling.max_new_tokens) for i, sample in batch])
+                rollouts = self._generate_batch([prompts[i] for i, _ in batch], sampling, uniforms)
+                for (index, _), rollout in zip(batch, rollouts, strict=True):
                     results[index].append(rollout)
         return results
 
@@ -171,27 +188,13 @@ class TransformersEngine:
             OISDError: a name is unknown, missing or repeated, a shape differs, or tied tensors differ. The engine
                 then holds a mixture and its ``weights_version`` is :data:`INCONSISTENT_VERSION`.
         """
-        model = self._open_model()
-        targets: dict[str, Tensor] = model.state_dict(keep_vars=True)
-        tied: dict[int, list[str]] = defaultdict(list)
-        for name, target in targets.items():
-            tied[id(target)].append(name)
+        targets: dict[str, Tensor] = self._open_model().state_dict(keep_vars=True)
+        expected = ExpectedWeights(targets)
         self.weights_version = INCONSISTENT_VERSION
         seen: set[str] = set()
-        for name, tensor in tensors:
-            if name not in targets:
-                raise OISDError(
-                    f"weight {name!r} is unknown to the rollout model; expected names such as {next(iter(targets))!r}"
-                )
-            if name in seen:
-                raise OISDError(f"weight {name!r} came twice in one refresh; send each name once")
+        for name, tensor in expected.checked(tensors):
             target = targets[name]
-            if tensor.shape != target.shape:
-                raise OISDError(
-                    f"weight {name!r} has shape {tuple(tensor.shape)}, the rollout model expects "
-                    f"{tuple(target.shape)}; send the full unsharded tensor of the same architecture"
-                )
-            twin = next((other for other in tied[id(target)] if other in seen), None)
+            twin = next((other for other in expected.tied_with(name) if other in seen), None)
             seen.add(name)
             if twin is None:
                 with torch.no_grad():
@@ -200,10 +203,17 @@ class TransformersEngine:
                 raise OISDError(
                     f"weights {name!r} and {twin!r} are tied in the rollout model but differ; send one of them"
                 )
-        missing = [names[-1] for names in tied.values() if seen.isdisjoint(names)]
-        if missing:
-            raise OISDError(f"{len(missing)} weights missing from the refresh, first {missing[0]!r}; send every tensor")
         self.weights_version = version
+
+    def sleep(self) -> None:
+        """Move the model to the CPU's memory."""
+        self._device = self._open_model().device
+        self._model.to("cpu")
+        self.weights_version = INCONSISTENT_VERSION
+
+    def wake(self) -> None:
+        """Move the model back to its device."""
+        self._open_model().to(self._device)
 
     def close(self) -> None:
         """Drop the model; ``generate`` and ``update_weights`` then raise."""
@@ -214,45 +224,25 @@ class TransformersEngine:
             raise RuntimeError("this rollout engine was closed")
         return self._model
 
-    def _check(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, samples_per_prompt: int) -> None:
-        if sampling.max_new_tokens < 1:
-            raise OISDError(f"max_new_tokens={sampling.max_new_tokens}: expected at least 1; raise it")
-        if sampling.temperature < 0:
-            raise OISDError(f"temperature={sampling.temperature}: expected 0 (greedy) or more; raise it")
-        if not 0 < sampling.top_p <= 1:
-            raise OISDError(f"top_p={sampling.top_p}: expected a value in (0, 1]; 1 keeps the whole vocabulary")
-        if samples_per_prompt < 1:
-            raise OISDError(f"samples_per_prompt={samples_per_prompt}: expected at least 1; raise it")
-        vocabulary = self._model.get_input_embeddings().num_embeddings
-        positions = getattr(self._model.config, "max_position_embeddings", None)
-        for index, prompt in enumerate(prompts):
-            if len(prompt) == 0:
-                raise OISDError(f"prompt {index} is empty; expected at least one token")
-            if min(prompt) < 0 or max(prompt) >= vocabulary:
-                raise OISDError(
-                    f"prompt {index} has tokens in {min(prompt)}..{max(prompt)}, the model's vocabulary is "
-                    f"0..{vocabulary - 1}; use the checkpoint's own tokenizer"
-                )
-            if positions is not None and len(prompt) + sampling.max_new_tokens > positions:
-                raise OISDError(
-                    f"prompt {index} of {len(prompt)} tokens and max_new_tokens={sampling.max_new_tokens} exceed the "
-                    f"model's {positions} positions; shorten one of them"
-                )
-
-    def _generate_batch(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> Iterator[Rollout]:
+    def _generate_batch(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, uniforms: Tensor
+    ) -> Iterator[Rollout]:
         device = self._model.device
         width = max(map(len, prompts))
         padded = [[self._pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         attention_mask = torch.arange(width) >= width - lengths[:, None]
-        recorder = _LogprobRecorder(sampling.temperature or 1.0)
+        sampler = _Sampler(sampling, uniforms)
         sequences = self._model.generate(
             input_ids=torch.tensor(padded, device=device),
             attention_mask=attention_mask.long().to(device),
-            generation_config=self._generation_config(sampling),
-            logits_processor=LogitsProcessorList([recorder]),
-        )
-        logprobs = recorder.finish(sequences).tolist()
+            generation_config=GenerationConfig(
+                do_sample=False, max_new_tokens=sampling.max_new_tokens, eos_token_id=self._eos_ids,
+                pad_token_id=self._pad_id, use_cache=True,
+            ),
+            logits_processor=LogitsProcessorList([sampler]),
+        )  # fmt: skip
+        logprobs = sampler.finish().tolist()
         ends = set(self._eos_ids)
         for prompt, tokens, values in zip(prompts, sequences[:, width:].tolist(), logprobs, strict=True):
             length = next((position + 1 for position, token in enumerate(tokens) if token in ends), None)
@@ -263,32 +253,13 @@ class TransformersEngine:
                 finish_reason="length" if length is None else "stop",
             )
 
-    def _generation_config(self, sampling: SamplingParams) -> GenerationConfig:
-        common = {
-            "max_new_tokens": sampling.max_new_tokens,
-            "eos_token_id": self._eos_ids,
-            "pad_token_id": self._pad_id,
-            "use_cache": True,
-        }
-        if sampling.temperature == 0:
-            return GenerationConfig(do_sample=False, **common)
-        return GenerationConfig(
-            do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=0, **common
-        )
+
+def _uniforms(seed: int, sample: int, count: int) -> Tensor:
+    """Random numbers of one response, a function of its arguments alone."""
+    generator = np.random.Generator(np.random.Philox(key=[seed, sample]))
+    return torch.from_numpy(generator.random(count))
 
 
 def _first_set(name: str, *configs: Any) -> Any:
     """Give the first value of ``name`` that is not None."""
     return next((value for config in configs if (value := getattr(config, name, None)) is not None), None)
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed the generators that sampling on ``device`` reads, and restore them afterwards."""
-    on_cuda = device.type == "cuda"
-    with torch.random.fork_rng(devices=[device] if on_cuda else []):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed every GPU, ours or not
-        if on_cuda:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield
