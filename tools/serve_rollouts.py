@@ -40,7 +40,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", required=True, type=Path, help="directory with the HF config.json of the policy")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="of the weights")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="of the weights"
+    )
     parser.add_argument("--temperature", type=float, default=1.0, help="the trainer's: decides which logprobs are kept")
     parser.add_argument("--top-p", type=float, default=1.0, help="the trainer's")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9, help="share of the GPU's memory")
@@ -50,7 +52,9 @@ def main(argv: list[str] | None = None) -> None:
     if importlib.util.find_spec("vllm") is None:
         raise OISDError(f"vLLM is not installed: {INSTALL}")
     if not (arguments.model / "config.json").is_file():
-        raise OISDError(f"--model {arguments.model} has no config.json: give an HF checkpoint, or the hf/ of a Megatron one")
+        raise OISDError(
+            f"--model {arguments.model} has no config.json: give an HF checkpoint, or the hf/ of a Megatron one"
+        )
     sampling = SamplingParams(max_new_tokens=1, temperature=arguments.temperature, top_p=arguments.top_p)
     flags = command_line_flags(
         engine_arguments(

@@ -50,7 +50,7 @@ class Panel:
 
 WEIGHTED = "advantage-weighted JS (nats)"
 PANELS = (
-    Panel("Training reward", "mean over rollouts", "reward/mean"),
+    Panel("Training reward", "mean over rollouts", "critic/rewards/mean"),
     Panel("Logit alignment, $L_{\\mathrm{think}}$", WEIGHTED, "oisd/think/", per_layer=True, zero_line=True),
     Panel("Attention alignment, $L_{\\mathrm{attn}}$", WEIGHTED, "oisd/attn/", per_layer=True, zero_line=True),
     Panel("Distance to final distribution", "JS, unsigned (nats)", "oisd/js/", per_layer=True, from_zero=True),
@@ -150,7 +150,7 @@ def draw(
         grid = figure.subplots(rows, columns, squeeze=False).ravel()
         remaining = iter(grid)
         # The held-out result stands beside the training reward: the two are read together.
-        at_bar = 1 if panels and panels[0][0].key == "reward/mean" else 0
+        at_bar = 1 if panels and panels[0][0].key == "critic/rewards/mean" else 0
         for index, (panel, curves) in enumerate(panels):
             if bars and index == at_bar:
                 _draw_bars(next(remaining), bars, colours)

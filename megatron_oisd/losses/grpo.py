@@ -1,19 +1,30 @@
-r"""The clipped policy loss of GRPO and the token log-probabilities it needs, from vocabulary shards.
+r"""The policy losses of GRPO and its relatives, and the token log-probabilities they need, from vocabulary shards.
 
     r_t = exp(log pi(y_t) - log pi_old(y_t))
     l_t = max(-A r_t, -A clip(r_t, 1 - low, 1 + high));   for A < 0 at most -A * dual_clip (dual clip)
 
-Averaged over all response tokens of the *global* batch (token mean). Shape legend: see :mod:`megatron_oisd.losses`.
+``high > low`` is DAPO's clip-higher. To it come, as options, ``beta * KL(pi || pi_ref)`` by an estimator per token and
+``-alpha * H(pi)``. How tokens become one number is :mod:`megatron_oisd.losses.aggregate`'s. Shape legend: see
+:mod:`megatron_oisd.losses`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from megatron_oisd.losses.numerics import Group, all_reduce_sum_, log_sum_exp, upcast
+from megatron_oisd.errors import OISDError
+from megatron_oisd.losses.numerics import Group, group_size, upcast
+
+KL_ESTIMATORS = ("k1", "k2", "k3")
+_CHUNK_ELEMENTS = 2**25
+"""Logits upcast at one time: 128 MiB in fp32."""
+_LOWEST = -1e4
+"""Log-probabilities below it are 0 as probabilities in every dtype; it keeps ``0 * inf`` out."""
 
 
 class TokenStatistics(NamedTuple):
@@ -22,7 +33,7 @@ class TokenStatistics(NamedTuple):
     log_probs: Tensor
     """Log-probability of the target token, natural log; differentiable."""
     entropy: Tensor
-    """Entropy of the distribution in nats; no gradient."""
+    """Entropy of the distribution in nats; differentiable where asked for."""
 
 
 def vocab_parallel_log_probs(
@@ -33,8 +44,12 @@ def vocab_parallel_log_probs(
     temperature: float = 1.0,
     first_token: int = 0,
     valid_columns: int | None = None,
+    entropy_gradient: bool = False,
 ) -> TokenStatistics:
     """Log-probability of ``targets`` and entropy of every row, from this rank's vocabulary shard.
+
+    No probabilities are kept for the backward pass, they are made again from the logits, chunk by chunk: beside logits
+    and their gradient at most 128 MiB are alive.
 
     Args:
         logits: ``[N, v]``, differentiable; shards lie in rank order.
@@ -43,10 +58,13 @@ def vocab_parallel_log_probs(
         temperature: the sampling temperature.
         first_token: token id of this shard's first column.
         valid_columns: leading columns that are real vocabulary; None: all.
+        entropy_gradient: let the entropy have a gradient, ``dH/dz = -p (log p + H) / temperature``.
 
-    Collectives: forward one all-gather (``2 N``) and one all-reduce (``2 N``); backward none.
+    Collectives: forward one all-gather (``4 N``); backward none.
     """
-    return TokenStatistics(*_LogProbs.apply(logits, targets, group, temperature, first_token, valid_columns))
+    return TokenStatistics(
+        *_LogProbs.apply(logits, targets, group, temperature, first_token, valid_columns, entropy_gradient)
+    )
 
 
 class _LogProbs(torch.autograd.Function):
@@ -59,35 +77,72 @@ class _LogProbs(torch.autograd.Function):
         temperature: float,
         first_token: int,
         valid_columns: int | None,
+        entropy_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         columns = logits.shape[-1] if valid_columns is None else valid_columns
-        scaled = upcast(logits[:, :columns]) / temperature
-        log_p = scaled - log_sum_exp(scaled, group).unsqueeze(-1)
-        p = log_p.exp()
         local = targets - first_token
         here = (local >= 0) & (local < columns)
         index = local.clamp(0, max(columns - 1, 0)).unsqueeze(-1)
+        dtype = upcast(logits[:0]).dtype
+        # Of this shard: largest logit m, sum of exp(z - m), sum of exp(z - m) (z - m), the target's logit.
+        shard = torch.zeros(4, logits.shape[0], dtype=dtype, device=logits.device)
+        shard[0] = float("-inf")
         if columns:
-            target_log_p = torch.where(here, log_p.gather(-1, index).squeeze(-1), 0.0)
-        else:
-            target_log_p = log_p.new_zeros(targets.shape)
-        entropy = -torch.where(p > 0, p * log_p, 0.0).sum(-1)
-        reduced = all_reduce_sum_(torch.stack([target_log_p, entropy]), group)
-        ctx.save_for_backward(p, index, here)
-        ctx.temperature, ctx.dtype, ctx.width = temperature, logits.dtype, logits.shape[-1]
-        ctx.mark_non_differentiable(reduced[1])
-        return reduced[0].clone(), reduced[1]
+            for rows in _chunks(logits):
+                z = upcast(logits[rows, :columns]) / temperature
+                shard[3, rows] = torch.where(here[rows], z.gather(-1, index[rows]).squeeze(-1), 0.0)
+                shard[0, rows] = z.amax(-1)
+                z = z.sub_(shard[0, rows].unsqueeze(-1)).clamp_(min=_LOWEST)
+                e = z.exp()
+                shard[1, rows] = e.sum(-1)
+                shard[2, rows] = e.mul_(z).sum(-1)
+        shards = _gathered(shard, group)
+        largest = shards[:, 0].amax(0)
+        below = (shards[:, 0] - largest).clamp_min(_LOWEST)
+        scale = below.exp()
+        total = (shards[:, 1] * scale).sum(0)
+        log_total = total.log()
+        lse = largest + log_total
+        entropy = log_total - ((shards[:, 2] + shards[:, 1] * below) * scale).sum(0) / total
+        log_probs = shards[:, 3].sum(0) - lse
+        ctx.save_for_backward(logits, lse, entropy, index, here)
+        ctx.temperature, ctx.columns, ctx.entropy_gradient = temperature, columns, entropy_gradient
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropy)
+        return log_probs, entropy
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        p, index, here = ctx.saved_tensors
-        gradient = -p
-        if p.shape[-1]:
-            gradient.scatter_add_(-1, index, here.to(p.dtype).unsqueeze(-1))
-        gradient.mul_((grad_outputs[0] / ctx.temperature).unsqueeze(-1))
-        if p.shape[-1] < ctx.width:
-            gradient = torch.nn.functional.pad(gradient, (0, ctx.width - p.shape[-1]))
-        return gradient.to(ctx.dtype), None, None, None, None, None
+        logits, lse, entropy, index, here = ctx.saved_tensors
+        columns = ctx.columns
+        gradient = torch.zeros_like(logits)
+        if columns:
+            for rows in _chunks(logits):
+                log_p = upcast(logits[rows, :columns]).div(ctx.temperature).sub_(lse[rows].unsqueeze(-1))
+                log_p.clamp_(min=_LOWEST)
+                p = log_p.exp()
+                upstream = (grad_outputs[0][rows] / ctx.temperature).unsqueeze(-1)
+                result = p * -upstream
+                result.scatter_add_(-1, index[rows], here[rows].unsqueeze(-1) * upstream)
+                if ctx.entropy_gradient:
+                    by_entropy = (grad_outputs[1][rows] / ctx.temperature).unsqueeze(-1)
+                    result -= by_entropy * p * (log_p + entropy[rows].unsqueeze(-1))
+                gradient[rows, :columns] = result.to(gradient.dtype)
+        return gradient, None, None, None, None, None, None
+
+
+def _chunks(logits: Tensor) -> Iterator[slice]:
+    size = max(1, _CHUNK_ELEMENTS // max(logits.shape[1], 1))
+    return (slice(start, start + size) for start in range(0, logits.shape[0], size))
+
+
+def _gathered(shard: Tensor, group: Group) -> Tensor:
+    """``[ranks, 4, N]``."""
+    if group_size(group) == 1:
+        return shard.unsqueeze(0)
+    result = shard.new_empty((group_size(group), *shard.shape))
+    dist.all_gather(list(result.unbind(0)), shard, group=group)
+    return result
 
 
 class PolicyLoss(NamedTuple):
@@ -98,7 +153,7 @@ class PolicyLoss(NamedTuple):
     clipped: Tensor
     """1.0 where clipping took effect; no gradient."""
     kl: Tensor
-    """Estimate ``r - 1 - log r`` of KL(old || new); no gradient."""
+    """``log pi_old - log pi``, whose mean estimates KL(old || new); no gradient."""
 
 
 def policy_loss(
@@ -110,7 +165,11 @@ def policy_loss(
     clip_high: float = 0.2,
     dual_clip: float | None = 10.0,
 ) -> PolicyLoss:
-    """Clipped GRPO loss of every token; all arguments broadcast to one shape."""
+    """Clipped GRPO loss of every token; all arguments broadcast to one shape.
+
+    Source: PPO's clipping (Schulman et al. 2017); dual clip (Ye et al. 2020); ``clip_high > clip_low`` (DAPO, Yu et
+    al. 2025).
+    """
     # Beyond e^20 the ratio is clipped anyway; bounding the exponent keeps inf out of 0 * inf.
     log_ratio = (log_probs - old_log_probs.detach()).clamp(-20.0, 20.0)
     ratio = log_ratio.exp()
@@ -121,5 +180,26 @@ def policy_loss(
         loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
     with torch.no_grad():
         clipped = (loss != plain).to(loss.dtype)
-        kl = ratio - 1.0 - log_ratio
-    return PolicyLoss(loss, clipped, kl)
+    return PolicyLoss(loss, clipped, -log_ratio.detach())
+
+
+def kl_penalty(log_probs: Tensor, reference_log_probs: Tensor, estimator: str = "k3") -> Tensor:
+    """Estimate KL(pi || pi_ref) at every sampled token; with ``d = log pi - log pi_ref``:
+
+    ``k1``: d, unbiased as a value; its gradient is 0 on average.
+    ``k2``: d^2 / 2, whose gradient is that of the KL on policy.
+    ``k3``: exp(-d) - 1 + d, at least 0 and of low variance; GRPO's.
+
+    Source: J. Schulman, Approximating KL Divergence (2020); GRPO (Shao et al. 2024).
+
+    Raises:
+        OISDError: the estimator is unknown.
+    """
+    difference = (log_probs - reference_log_probs.detach()).clamp(-20.0, 20.0)
+    if estimator == "k1":
+        return difference
+    if estimator == "k2":
+        return difference.square() / 2
+    if estimator == "k3":
+        return torch.expm1(-difference) + difference
+    raise OISDError(f"KL estimator {estimator!r}: expected one of {', '.join(KL_ESTIMATORS)}")

@@ -73,8 +73,8 @@ class Metrics:
         """Metrics of everything added since the last reset, equal on every rank; then reset.
 
         ``oisd/transport/teacher_bytes`` and ``.../lens_bytes`` are what all ranks sent in a step on average,
-        ``.../buffers`` the most send buffers that any channel held, ``time/oisd_wait`` the seconds a step that the rank
-        that waited longest waited for teachers.
+        ``.../buffers`` the most send buffers that any channel held, ``timing_s/oisd_wait`` the seconds a step that the
+        rank that waited longest waited for teachers.
 
         Collectives: two all-reduces over each of the groups that has more than one rank.
         """
@@ -103,5 +103,5 @@ class Metrics:
             by_layer = [result[f"oisd/{kind}/layer_{layer}"] for layer in self.layers]
             result[f"oisd/{kind}"] = sum(by_layer) / len(by_layer)
         result["oisd/transport/teacher_bytes"], result["oisd/transport/lens_bytes"] = teacher_bytes, lens_bytes
-        result["time/oisd_wait"], result["oisd/transport/buffers"] = largest.tolist()
+        result["timing_s/oisd_wait"], result["oisd/transport/buffers"] = largest.tolist()
         return result

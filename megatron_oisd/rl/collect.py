@@ -116,8 +116,8 @@ class Collector:
         gathered: list[Any] = [None] * self._world_size
         dist.all_gather_object(gathered, (groups, failure, interrupted))
         failures = [error for _, error, _ in gathered if error is not None]
-        for error in sorted(failures, key=lambda found: isinstance(found, StaleEngineError)):
-            raise error  # the first that a refresh does not mend, where there is one
+        if failures:  # one that a refresh does not mend first
+            raise min(failures, key=lambda found: isinstance(found, StaleEngineError))
         if any(asked for _, _, asked in gathered):
             raise Interrupted
         return [gathered[i % self._world_size][0][i // self._world_size] for i in range(len(rows))]

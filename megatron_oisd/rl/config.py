@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import math
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from megatron_oisd import config as oisd_config
 from megatron_oisd.config import OISDConfig
 from megatron_oisd.errors import OISDError
+from megatron_oisd.losses.aggregate import AGGREGATIONS
+from megatron_oisd.losses.grpo import KL_ESTIMATORS
+from megatron_oisd.losses.off_policy import IMPORTANCE_LEVELS, REJECTION_LEVELS
 from megatron_oisd.rl.policy import PolicyLossConfig
 
 
@@ -48,7 +52,13 @@ class TrainConfig:
     prompts_per_step: int = _field(128, "prompts per rollout step")
     samples_per_prompt: int = _field(8, "rollouts per prompt (the GRPO group)")
     mini_batch_prompts: int = _field(32, "prompts per optimizer step")
-    micro_batch_size: int = _field(1, "sequences per pipeline microbatch")
+    micro_batch_size: int = _field(1, "sequences per pipeline microbatch; not used with a token budget")
+    max_tokens_per_microbatch: int | None = _field(
+        None, "token budget of a microbatch, padding included: sequences of like length come together"
+    )
+    sequence_packing: bool = _field(
+        False, "pack the sequences of a microbatch without padding (THD; needs a token budget, and TE on GPUs)"
+    )
     max_prompt_tokens: int = _field(1024, "longer prompts are dropped")
     max_response_tokens: int = _field(8192, "responses are cut there")
     temperature: float = _field(1.0, "sampling temperature")
@@ -80,10 +90,27 @@ class TrainConfig:
 
     clip_low: float = _field(0.2, "GRPO ratio clip below 1")
     clip_high: float = _field(0.2, "GRPO ratio clip above 1")
-    dual_clip: float = _field(10.0, "bound of the loss for negative advantages")
+    dual_clip: float = _field(10.0, "bound of the loss for negative advantages, in advantages; inf: none")
+    loss_agg_mode: str = _field(
+        "token-mean", "token-mean, seq-mean-token-mean, seq-mean-token-sum, seq-mean-token-sum-norm (Dr. GRPO)"
+    )
+    norm_adv_by_std: bool = _field(True, "divide advantages by their group's standard deviation; Dr. GRPO: off")
+    kl_loss_coef: float = _field(0.0, "weight of the KL to the model of --load; 0: none")
+    kl_loss_type: str = _field("k3", "estimator of that KL: k1, k2 or k3")
+    entropy_coeff: float = _field(0.0, "weight of the entropy bonus")
+    overlong_filtering: bool = _field(False, "do not train on responses cut at the limit (DAPO)")
+    rollout_is: str = _field("none", "truncated importance sampling against the engine: none, token or sequence")
+    rollout_is_threshold: float = _field(2.0, "largest importance weight")
+    rollout_rs: str = _field("none", "leave out what the engine sampled too differently: none, token or geometric")
+    rollout_rs_threshold: float = _field(2.0, "largest ratio of probabilities, either way, that is kept")
 
     save_interval: int = _field(50, "rollout steps between checkpoints; the last step is always saved")
     keep_checkpoints: int = _field(2, "newest checkpoints kept")
+    log_samples: int = _field(4, "rollouts written as text at a time; 0: none")
+    log_samples_interval: int = _field(10, "steps between them")
+    wandb_project: str = _field("", "Weights & Biases project; empty: no W&B")
+    wandb_name: str = _field("", "name of the run there; empty: that of the output directory")
+    wandb_mode: str = _field("offline", "online, or offline: files to be sent with wandb sync")
     seed: int = _field(1234, "seed of sampling, data order and initialisation")
 
     def __post_init__(self) -> None:
@@ -96,7 +123,7 @@ class TrainConfig:
                 raise OISDError(f"--{name} is missing: expected {what}")
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
-            least = 0 if item.name in ("lr_warmup_steps", "seed", "rollout_retries") else 1
+            least = 0 if item.name in ("lr_warmup_steps", "seed", "rollout_retries", "log_samples") else 1
             if type(value) is int and value < least:
                 raise OISDError(f"{_flag(item.name)} is {value}: expected an integer of at least {least}")
         for name in ("temperature", "lr", "clip_grad", "rollout_timeout_s"):
@@ -106,12 +133,30 @@ class TrainConfig:
             raise OISDError(f"--top-p is {self.top_p}: expected a number above 0 and at most 1")
         if self.recompute not in ("none", "selective", "full"):
             raise OISDError(f"--recompute is {self.recompute!r}: expected none, selective or full")
+        for name, allowed in (
+            ("loss_agg_mode", AGGREGATIONS), ("kl_loss_type", KL_ESTIMATORS), ("rollout_is", IMPORTANCE_LEVELS),
+            ("rollout_rs", REJECTION_LEVELS),
+        ):  # fmt: skip
+            if getattr(self, name) not in allowed:
+                raise OISDError(f"{_flag(name)} is {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
+        for name in ("kl_loss_coef", "entropy_coeff"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise OISDError(f"{_flag(name)} is {getattr(self, name)}: expected a finite number of at least 0")
+        for name in ("rollout_is_threshold", "rollout_rs_threshold", "dual_clip"):
+            if not getattr(self, name) > 1:
+                raise OISDError(f"{_flag(name)} is {getattr(self, name)}: expected a number above 1")
+        if self.wandb_mode not in ("online", "offline"):
+            raise OISDError(f"--wandb-mode is {self.wandb_mode!r}: expected online or offline")
+        if self.sequence_packing and self.max_tokens_per_microbatch is None:
+            raise OISDError("--sequence-packing needs --max-tokens-per-microbatch: how much goes into one microbatch")
         if self.rollout_engine not in ROLLOUT_ENGINES:
-            raise OISDError(f"--rollout-engine is {self.rollout_engine!r}: expected one of {', '.join(ROLLOUT_ENGINES)}")
+            raise OISDError(
+                f"--rollout-engine is {self.rollout_engine!r}: expected one of {', '.join(ROLLOUT_ENGINES)}"
+            )
         if (self.rollout_engine == "vllm_server") != bool(self.server_urls):
             raise OISDError(
-                f"--rollout-urls is {self.rollout_urls!r} with --rollout-engine {self.rollout_engine}: give the URLs of "
-                "running servers with vllm_server, and none otherwise"
+                f"--rollout-urls is {self.rollout_urls!r} with --rollout-engine {self.rollout_engine}: give the URLs "
+                "of running servers with vllm_server, and none otherwise"
             )
         if not 0 < self.rollout_gpu_memory_utilization <= 1:
             raise OISDError(
@@ -128,6 +173,13 @@ class TrainConfig:
     def check_data_parallel(self, data_parallel: int) -> None:
         """Raise :class:`OISDError` unless a mini-batch splits evenly over the data-parallel ranks' microbatches."""
         sequences = self.mini_batch_prompts * self.samples_per_prompt
+        if self.max_tokens_per_microbatch is not None:
+            if sequences < data_parallel:
+                raise OISDError(
+                    f"a mini-batch of {sequences} sequences leaves some of {data_parallel} data-parallel ranks without "
+                    "any: raise --mini-batch-prompts"
+                )
+            return
         if sequences % (data_parallel * self.micro_batch_size):
             raise OISDError(
                 f"a mini-batch of {sequences} sequences (--mini-batch-prompts x --samples-per-prompt) does not split "
@@ -144,8 +196,14 @@ class TrainConfig:
     def policy_loss(self) -> PolicyLossConfig:
         """GRPO's part of the configuration."""
         return PolicyLossConfig(
-            clip_low=self.clip_low, clip_high=self.clip_high, dual_clip=self.dual_clip, temperature=self.temperature
-        )
+            clip_low=self.clip_low, clip_high=self.clip_high, dual_clip=self.dual_clip, temperature=self.temperature,
+            kl_coefficient=self.kl_loss_coef, kl_estimator=self.kl_loss_type, entropy_coefficient=self.entropy_coeff,
+        )  # fmt: skip
+
+    @property
+    def variable_length(self) -> bool:
+        """Whether microbatches differ in shape."""
+        return self.max_tokens_per_microbatch is not None
 
 
 class Parser(argparse.ArgumentParser):
@@ -179,8 +237,10 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[TrainConfig, OISDCon
 NOT_OF_THE_TRAJECTORY = frozenset(
     (
         *("output", "resume", "tp", "pp", "sequence_parallel", "use_distributed_optimizer", "recompute", "num_steps"),
-        *("micro_batch_size", "save_interval", "keep_checkpoints", "durable_rollouts"),
+        *("micro_batch_size", "max_tokens_per_microbatch", "sequence_packing"),
+        *("save_interval", "keep_checkpoints", "durable_rollouts"),
         *("dist_ckpt_optim_fully_reshardable", "rollout_urls", "rollout_timeout_s", "rollout_retries"),
+        *("log_samples", "log_samples_interval", "wandb_project", "wandb_name", "wandb_mode"),
         *("rollout_weights_host", "rollout_gpu_memory_utilization", "rollout_sleep"),
     )
 )

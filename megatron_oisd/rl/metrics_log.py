@@ -1,19 +1,23 @@
-"""The trainer's log: one JSON line per step in ``metrics.jsonl``, and the same numbers in TensorBoard.
+"""The trainer's log: one JSON line per step in ``metrics.jsonl``, the same numbers in TensorBoard and Weights & Biases.
 
-Each line is ``{"step": 3, "time": 1767225600.0, "reward/mean": 0.5, ...}``, time in unix seconds. JSON has no NaN: a
-value that is not finite is written as null and its key listed under ``"non_finite"``, so that it is seen, and other
-programs can still read the file.
+The names are verl's; TensorBoard and W&B get some of them under Megatron-LM's names as well (:data:`MEGATRON_NAMES`).
+
+Each line is ``{"step": 3, "time": 1767225600.0, "critic/rewards/mean": 0.5, ...}``, time in unix seconds. JSON has no
+NaN: a value that is not finite is written as null and its key listed under ``"non_finite"``, so that it is seen, and
+other programs can still read the file.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import math
 import os
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,7 +25,61 @@ from typing import Any
 from megatron_oisd.errors import OISDError
 
 FILE_NAME = "metrics.jsonl"
+SAMPLES = "samples"
 RESERVED = ("step", "time", "non_finite")
+MEGATRON_NAMES = {"actor/lr": "learning-rate", "actor/grad_norm": "grad-norm", "timing_s/step": "iteration-time"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutSample:
+    """One rollout as a reader sees it."""
+
+    prompt: str
+    response: str
+    ground_truth: str
+    reward: float
+    finish_reason: str
+
+
+class WandbRun:
+    """A run of Weights & Biases (extra ``wandb``); offline it needs no account and no network.
+
+    Args:
+        project: its project.
+        name: its name.
+        mode: ``"offline"`` or ``"online"``.
+        config: shown beside the run.
+
+    Raises:
+        OISDError: the package is missing or the run cannot be started.
+    """
+
+    def __init__(self, project: str, *, name: str, mode: str, config: Mapping[str, Any]) -> None:
+        self._arguments: dict[str, Any] = {"project": project, "name": name, "mode": mode, "config": dict(config)}
+        self._run: Any = None
+
+    def start(self, directory: Path) -> None:
+        """Begin, with the files below ``directory``."""
+        try:
+            import wandb
+        except ImportError as error:
+            raise OISDError("--wandb-project needs wandb: pip install 'megatron_oisd[wandb]'") from error
+        # The same run again where this one goes on with an earlier one.
+        identity = hashlib.blake2b(str(directory.resolve()).encode(), digest_size=8).hexdigest()
+        try:
+            self._run = wandb.init(dir=str(directory), id=identity, resume="allow", **self._arguments)
+        except Exception as error:  # wandb raises kinds of its own
+            raise OISDError(f"Weights & Biases cannot start ({error}): log in, or use --wandb-mode offline") from error
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log the metrics of a step."""
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        """Finish the run."""
+        if self._run is not None:
+            self._run.finish()
+            self._run = None
 
 
 class MetricsLog:
@@ -33,21 +91,36 @@ class MetricsLog:
     Args:
         directory: made when absent.
         tensorboard: also write TensorBoard scalars. Where the package is missing a warning says so, once.
+        keep_until: the last step that a resumed run goes on from: what was logged for later ones is dropped, they come
+            again. None keeps everything.
+        wandb: log there too.
 
     Raises:
         OISDError: the directory or the file cannot be made.
     """
 
-    def __init__(self, directory: str | Path, *, tensorboard: bool = True) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        tensorboard: bool = True,
+        keep_until: int | None = None,
+        wandb: WandbRun | None = None,
+    ) -> None:
         self.path = Path(directory) / FILE_NAME
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _drop_half_written_line(self.path)
+            if keep_until is not None:
+                _drop_later_steps(self.path, keep_until)
             self._file = self.path.open("a", encoding="utf-8")
         except OSError as error:
             raise OISDError(f"{self.path}: the metrics log cannot be written ({error.strerror}); change it") from error
         self._tensorboard = tensorboard and _tensorboard_available()
         self._writer: Any = None
+        self._wandb = wandb
+        if wandb is not None:
+            wandb.start(self.path.parent)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append the metrics of ``step`` and flush.
@@ -73,8 +146,24 @@ class MetricsLog:
             record["non_finite"] = non_finite
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
+        finite |= {other: finite[name] for name, other in MEGATRON_NAMES.items() if name in finite}
         if self._tensorboard:
             self._write_tensorboard(int(step), finite)
+        if self._wandb is not None:
+            self._wandb.write(int(step), finite)
+
+    def write_samples(self, step: int, samples: Sequence[RolloutSample]) -> None:
+        """Write rollouts as text to ``samples/step_0000010.txt``, and to TensorBoard."""
+        parts = [
+            f"--- {number} of {len(samples)}: reward {sample.reward:g}, ended by {sample.finish_reason}, truth "
+            f"{sample.ground_truth}\n[prompt]\n{sample.prompt}\n[response]\n{sample.response}\n"
+            for number, sample in enumerate(samples, start=1)
+        ]
+        path = self.path.parent / SAMPLES / f"step_{step:07d}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("\n".join(parts), encoding="utf-8")
+        if self._tensorboard:
+            self._open_tensorboard(step).add_text("rollouts", "".join(f"```\n{part}\n```\n" for part in parts), step)
 
     def close(self) -> None:
         """Close both files; closing twice is harmless."""
@@ -82,6 +171,8 @@ class MetricsLog:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+        if self._wandb is not None:
+            self._wandb.close()
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -92,13 +183,17 @@ class MetricsLog:
         self.close()
 
     def _write_tensorboard(self, step: int, finite: Mapping[str, float]) -> None:
+        writer = self._open_tensorboard(step)
+        for name, number in finite.items():
+            writer.add_scalar(name, number, step)
+        writer.flush()
+
+    def _open_tensorboard(self, step: int) -> Any:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(self.path.parent), purge_step=step)
-        for name, number in finite.items():
-            self._writer.add_scalar(name, number, step)
-        self._writer.flush()
+        return self._writer
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -171,6 +266,19 @@ def _drop_half_written_line(path: Path) -> None:
             file.seek(keep)
             file.truncate()
             os.fsync(file.fileno())
+
+
+def _drop_later_steps(path: Path, last: int) -> None:
+    """Remove the records after ``last`` and, of steps that were logged twice, the older ones; whole or not at all."""
+    if not path.exists():
+        return
+    records = [record for record in read_metrics(path) if record["step"] <= last]
+    work = path.with_name(f".{path.name}.incomplete")
+    with work.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)
+        file.flush()
+        os.fsync(file.fileno())
+    work.replace(path)
 
 
 def _tensorboard_available() -> bool:

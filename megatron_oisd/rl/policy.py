@@ -9,18 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_oisd.losses.grpo import TokenStatistics, policy_loss, vocab_parallel_log_probs
+from megatron_oisd.losses.grpo import TokenStatistics, kl_penalty, policy_loss, vocab_parallel_log_probs
 from megatron_oisd.losses.numerics import Group, group_size, valid_columns
 from megatron_oisd.pipeline.oisd import OISD
 
-METRICS = ("loss", "clip_fraction", "kl", "entropy", "tokens")
+METRICS = ("loss", "pg_loss", "pg_clipfrac", "ppo_kl", "entropy", "kl_loss", "tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,22 +33,88 @@ class PolicyLossConfig:
     dual_clip: float | None = 10.0
     temperature: float = 1.0
     """Sampling temperature; log-probabilities are those of the sampling distribution."""
+    kl_coefficient: float = 0.0
+    """Weight of the KL to the reference model; above 0 microbatches need ``reference_log_probs``."""
+    kl_estimator: str = "k3"
+    """See :func:`~megatron_oisd.losses.grpo.kl_penalty`."""
+    entropy_coefficient: float = 0.0
+    """Weight of the entropy bonus."""
 
 
 @dataclass
 class PolicyMicrobatch:
-    """One microbatch of rollouts, right-padded, equal on every tensor- and pipeline-parallel rank."""
+    """One microbatch of rollouts, equal on every tensor- and pipeline-parallel rank.
+
+    Rows, right-padded (b sequences), or packed (b = 1, n sequences one behind the other).
+    """
 
     tokens: Tensor
     """``[b, s]`` token ids."""
     mask: Tensor
     """``[b, s]`` bool, on CPU: predictions of response tokens."""
     advantages: Tensor
-    """``[b]``, on CPU."""
+    """One for each sequence, on CPU."""
     old_log_probs: Tensor | None
     """``[b, s]`` under the policy that sampled; None in a log-probability pass."""
     sequence_ids: list[int]
     """Number of each sequence in the global batch."""
+    reference_log_probs: Tensor | None = None
+    """``[b, s]`` under the reference model, for the KL term."""
+    weights: Tensor | None = None
+    """``[b, s]`` weight of each token in the mean; None: all 1."""
+    importance: Tensor | None = None
+    """``[b, s]`` factor of each token's policy loss; None: all 1."""
+    lengths: list[int] | None = None
+    """Packed: tokens of each sequence."""
+
+    @cached_property
+    def packed_seq_params(self) -> Any:
+        """Megatron's description of a packed microbatch, None for rows; padding at the end is a sequence of its own."""
+        if self.lengths is None:
+            return None
+        from megatron.core.packed_seq_params import PackedSeqParams
+
+        borders = [0, *accumulate(self._all_lengths)]
+        cu_seqlens = torch.tensor(borders, dtype=torch.int32, device=self.tokens.device)
+        longest = max(self._all_lengths)
+        return PackedSeqParams(
+            qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )  # fmt: skip
+
+    @property
+    def _all_lengths(self) -> list[int]:
+        assert self.lengths is not None
+        rest = self.tokens.shape[1] - sum(self.lengths)
+        return self.lengths + ([rest] if rest else [])
+
+    @property
+    def sequence_advantages(self) -> Tensor:
+        """Advantages as OISD takes them, with one for the padding of a packed microbatch."""
+        return self._with_padding(self.advantages, 0.0)
+
+    @property
+    def all_sequence_ids(self) -> list[int]:
+        """Likewise."""
+        return [int(i) for i in self._with_padding(torch.tensor(self.sequence_ids), 0)]
+
+    def _with_padding(self, values: Tensor, fill: float) -> Tensor:
+        if self.lengths is None or sum(self.lengths) == self.tokens.shape[1]:
+            return values
+        return torch.cat([values, values.new_full((1,), fill)])
+
+    def token_advantages(self) -> Tensor:
+        """``[b, s]``."""
+        if self.lengths is None:
+            return self.advantages.unsqueeze(1).expand(self.mask.shape)
+        return self.sequence_advantages.repeat_interleave(torch.tensor(self._all_lengths)).unsqueeze(0)
+
+    def position_ids(self) -> Tensor:
+        """``[b, s]``, from 0 in every sequence."""
+        rows, length = self.tokens.shape
+        if self.lengths is None:
+            return torch.arange(length, device=self.tokens.device).expand(rows, length)
+        return torch.cat([torch.arange(n, device=self.tokens.device) for n in self._all_lengths]).unsqueeze(0)
 
 
 @dataclass(frozen=True)
@@ -175,17 +242,18 @@ class PolicyPass:
         self, data_iterator: Iterator[PolicyMicrobatch], model: nn.Module, *, log_probs_only: bool
     ) -> tuple[Tensor, Any]:
         batch = next(data_iterator)
-        rows, length = batch.tokens.shape
-        position_ids = torch.arange(length, device=batch.tokens.device).expand(rows, length)
+        packed = batch.packed_seq_params
         context = (
             nullcontext()
             if self.oisd is None or log_probs_only
             else self.oisd.microbatch(
-                model, loss_mask=batch.mask, advantages=batch.advantages, sequence_ids=batch.sequence_ids
+                model, loss_mask=batch.mask, advantages=batch.sequence_advantages, sequence_ids=batch.all_sequence_ids,
+                packed_seq_params=packed,
             )
-        )
+        )  # fmt: skip
+        extra = {} if packed is None else {"packed_seq_params": packed}
         with context:
-            output = model(batch.tokens, position_ids, None)
+            output = model(batch.tokens, batch.position_ids(), None, **extra)
         return output, partial(self._collect_log_probs if log_probs_only else self._loss, batch)
 
     def _token_statistics(self, batch: PolicyMicrobatch, logits: Tensor) -> tuple[TokenStatistics, Tensor]:
@@ -201,6 +269,7 @@ class PolicyPass:
             temperature=self.loss.temperature,
             first_token=rank * width,
             valid_columns=valid_columns(self.vocab_size, rank, width),
+            entropy_gradient=self.loss.entropy_coefficient != 0,
         )
         return statistics, mask
 
@@ -214,7 +283,7 @@ class PolicyPass:
         """Sum over the microbatch's response tokens; Megatron divides by the global count (token mean)."""
         assert batch.old_log_probs is not None
         statistics, mask = self._token_statistics(batch, logits)
-        advantages = batch.advantages.to(logits.device).unsqueeze(1).expand(mask.shape)[mask]
+        advantages = batch.token_advantages().to(logits.device)[mask]
         result = policy_loss(
             statistics.log_probs,
             batch.old_log_probs[mask],
@@ -223,9 +292,25 @@ class PolicyPass:
             clip_high=self.loss.clip_high,
             dual_clip=self.loss.dual_clip,
         )
-        loss = result.loss.sum()
+        policy = result.loss if batch.importance is None else result.loss * batch.importance[mask]
+        total, kl = policy, torch.zeros_like(policy)
+        if self.loss.kl_coefficient:
+            assert batch.reference_log_probs is not None
+            kl = kl_penalty(statistics.log_probs, batch.reference_log_probs[mask], self.loss.kl_estimator)
+            total = total + self.loss.kl_coefficient * kl
+        if self.loss.entropy_coefficient:
+            total = total - self.loss.entropy_coefficient * statistics.entropy
+        weights = None if batch.weights is None else batch.weights[mask]
+        loss = _weighted_sum(total, weights)
         num_tokens = mask.sum().to(torch.int)
         with torch.no_grad():
-            sums = [loss, result.clipped.sum(), result.kl.sum(), statistics.entropy.sum(), num_tokens]
+            sums = [
+                loss, _weighted_sum(policy, weights), result.clipped.sum(), result.kl.sum(), statistics.entropy.sum(),
+                _weighted_sum(kl, weights), num_tokens,
+            ]  # fmt: skip
             metrics = torch.stack([value.float() for value in sums])
         return loss.clone(), num_tokens, metrics
+
+
+def _weighted_sum(values: Tensor, weights: Tensor | None) -> Tensor:
+    return values.sum() if weights is None else (values * weights).sum()

@@ -15,7 +15,7 @@ from megatron_oisd.convert.checkpoint import HF_DIRECTORY, load_model, model_sta
 from megatron_oisd.convert.hf_files import tokenizer_size
 from megatron_oisd.errors import OISDError
 from megatron_oisd.rl.config import TrainConfig
-from megatron_oisd.runtime.model import ModelArguments, build_model, transformer_config
+from megatron_oisd.runtime.model import ModelArguments, build_model, have_transformer_engine, transformer_config
 
 
 @dataclass
@@ -112,18 +112,25 @@ def build_training(config: TrainConfig) -> Training:
             f"the tokenizer in {config.load}/{HF_DIRECTORY} has {vocabulary} tokens and the model "
             f"{arguments.vocab_size}: copy the tokenizer that the model was trained with there"
         )
-    recompute: dict[str, Any] = {}
+    further: dict[str, Any] = {}
     if config.recompute != "none":
-        recompute["recompute_granularity"] = config.recompute
+        further["recompute_granularity"] = config.recompute
     if config.recompute == "full":
-        recompute |= {"recompute_method": "uniform", "recompute_num_layers": 1}
+        further |= {"recompute_method": "uniform", "recompute_num_layers": 1}
     dtype = torch.bfloat16 if config.bf16 else torch.float32
+    if config.sequence_packing and torch.cuda.is_available() and not have_transformer_engine():
+        raise OISDError(
+            "--sequence-packing needs Transformer Engine on GPUs: install it, or leave the flag out (sequences of like "
+            "length then share padded microbatches)"
+        )
+    # Microbatches of a token budget differ in shape: stages tell each other.
+    further |= {"variable_seq_lengths": True} if config.variable_length else {}
     model_config = transformer_config(
         arguments, tensor_parallel=config.tp, pipeline_parallel=config.pp,
         sequence_parallel=config.sequence_parallel, dtype=dtype, finalize_model_grads_func=finalize_model_grads,
-        **recompute,
+        **further,
     )  # fmt: skip
-    bare = build_model(arguments, model_config)
+    bare = build_model(arguments, model_config, packed=config.sequence_packing)
     load_model(bare, config.load)
     if config.bf16:
         bare = [Float16Module(model_config, chunk) for chunk in bare]

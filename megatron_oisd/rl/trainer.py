@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +30,18 @@ from megatron_oisd.convert.safe_pickle import read_metadata
 from megatron_oisd.convert.weights import export_hf_weights
 from megatron_oisd.errors import OISDError
 from megatron_oisd.losses.advantage import group_advantages
+from megatron_oisd.losses.aggregate import token_weights
 from megatron_oisd.losses.numerics import group_size
+from megatron_oisd.losses.off_policy import mismatch, rejection_mask, truncated_importance
 from megatron_oisd.pipeline.oisd import OISD
-from megatron_oisd.rl.batch import RolloutBatch, make_batch
+from megatron_oisd.rl.batch import RolloutBatch, make_batch, make_microbatches, plan_microbatches
 from megatron_oisd.rl.collect import Collector, derived_seed
 from megatron_oisd.rl.config import TrainConfig, trajectory_fingerprint
 from megatron_oisd.rl.data import PromptSampler, TokenizedPrompt, load_prompts, tokenize_prompts
-from megatron_oisd.rl.metrics_log import MetricsLog
+from megatron_oisd.rl.metrics_log import MetricsLog, RolloutSample, WandbRun
 from megatron_oisd.rl.policy import ParallelGroups, PolicyMicrobatch, PolicyPass
 from megatron_oisd.rl.preemption import Interrupted, StopRequest
+from megatron_oisd.rl.reference import ReferenceModel
 from megatron_oisd.rl.rewards import get_reward
 from megatron_oisd.rl.rollout.base import ServerError, StaleEngineError
 from megatron_oisd.rl.rollout.factory import build_engine, sampling_params
@@ -79,6 +84,7 @@ class Trainer:
             self.training.chunks, self.training.model_config, self.oisd, config.policy_loss, self.groups,
             self.training.arguments.vocab_size,
         )  # fmt: skip
+        self.reference = ReferenceModel(self.training.chunks) if config.kl_loss_coef else None
         self.stop = StopRequest()
         self.engine = build_engine(config, self.tokenizer)
         keeps_rollouts = config.durable_rollouts and self.rank == 0
@@ -102,6 +108,7 @@ class Trainer:
         self.rounds = 0
         """Rounds of prompts drawn: one a step, more with dynamic sampling."""
         self.saved_step: int | None = None
+        self._experience: Experience | None = None
         self._resume()
 
     # ------------------------------------------------------------------------------------------- the algorithm
@@ -113,7 +120,7 @@ class Trainer:
             True when all steps are done, False when SIGTERM or SIGUSR1 asked the run to leave: it then has written a
             checkpoint, and goes on from there with ``--resume``.
         """
-        log = MetricsLog(self.output) if self.rank == 0 else None
+        log = self._open_log() if self.rank == 0 else None
         bar = tqdm(total=self.config.num_steps, initial=self.step, desc="train", unit="step", disable=self.rank != 0)
         try:
             with bar, self.stop:
@@ -125,9 +132,13 @@ class Trainer:
                         self.save()
                         return False
                     bar.update()
-                    bar.set_postfix(reward=f"{metrics['reward/mean']:.3f}", loss=f"{metrics['actor/loss']:.3f}")
+                    bar.set_postfix(
+                        reward=f"{metrics['critic/rewards/mean']:.3f}", loss=f"{metrics['actor/loss']:.3f}",
+                        tokens_per_s=f"{metrics['perf/throughput'] * self.world_size:.0f}",
+                    )  # fmt: skip
                     if log is not None:
                         log.write(self.step, metrics)
+                        self._log_samples(log)
                     if self.step % self.config.save_interval == 0 or self.step == self.config.num_steps:
                         self.save()
                 return True
@@ -135,6 +146,31 @@ class Trainer:
             self.engine.close()
             if log is not None:
                 log.close()
+
+    def _open_log(self) -> MetricsLog:
+        config = self.config
+        wandb = None
+        if config.wandb_project:
+            wandb = WandbRun(
+                config.wandb_project, name=config.wandb_name or self.output.name, mode=config.wandb_mode,
+                config=dataclasses.asdict(config) | {"oisd": dataclasses.asdict(self.oisd.config)},
+            )  # fmt: skip
+        return MetricsLog(self.output, keep_until=self.step, wandb=wandb)
+
+    def _log_samples(self, log: MetricsLog) -> None:
+        """A few of the step's rollouts as text."""
+        config, experience = self.config, self._experience
+        if experience is None or not config.log_samples or (self.step - 1) % config.log_samples_interval:
+            return
+        samples = [
+            RolloutSample(
+                prompt=self.tokenizer.decode(rollout.prompt_ids), response=self.tokenizer.decode(rollout.response_ids),
+                ground_truth=self.prompts[experience.groups[row]].record.ground_truth,
+                reward=experience.rewards[row, 0].item(), finish_reason=rollout.finish_reason,
+            )
+            for row, rollout in enumerate(experience.rollouts[:: config.samples_per_prompt][: config.log_samples])
+        ]  # fmt: skip
+        log.write_samples(self.step, samples)
 
     def train_step(self) -> dict[str, float]:
         """Roll out, score, normalise, update; returns the step's metrics, equal on every rank.
@@ -145,53 +181,100 @@ class Trainer:
         clock = _Clock()
         distributed.seed_everything(derived_seed(self.config.seed, self.step) % 2**31)
         self._leave_if_asked()
-        experience = self._collect()
+        experience = self._experience = self._collect()
         self._leave_if_asked()
         if self.config.rollout_sleep:
             self.engine.sleep()
-        metrics = _rollout_metrics(experience) | clock.lap("generate")
+        metrics = _rollout_metrics(experience) | clock.lap("gen")
 
-        advantages = group_advantages(experience.rewards)
-        batch = make_batch(experience.rollouts, advantages.flatten(), pad_token_id=self.engine_pad_token)
-        old_log_probs = self._log_probs(batch)
-        metrics |= self._mismatch(batch, old_log_probs) | clock.lap("log_probs")
+        batch = self._make_batch(experience)
+        batch.old_log_probs = self._log_probs(batch)
+        metrics |= self._correct_for_the_engine(batch) | clock.lap("old_log_prob")
+        if self.reference is not None:
+            with self.reference.in_place():
+                batch.reference_log_probs = self._log_probs(batch)
+            metrics |= clock.lap("ref")
 
         rows = self.config.mini_batch_prompts * self.config.samples_per_prompt
         updates = []
         for start in range(0, len(batch), rows):
-            chosen = slice(start, start + rows)
-            number = (self.step * len(batch) + start) // rows
-            updates.append(self._update(batch.select(chosen), old_log_probs[chosen], number))
-        metrics |= {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]} | clock.lap("update")
+            updates.append(
+                self._update(batch.select(slice(start, start + rows)), (self.step * len(batch) + start) // rows)
+            )
+        metrics |= {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
+        metrics |= clock.lap("update_actor")
 
         self.step += 1
         self.rounds += experience.rounds
         self._refresh_engine()
-        metrics |= clock.lap("refresh")
-        return metrics | {"time/step": clock.total()}
+        metrics |= clock.lap("update_weights")
+        seconds = clock.total()
+        return metrics | {
+            "timing_s/step": seconds,
+            "perf/throughput": metrics["perf/total_num_tokens"] / seconds / self.world_size,
+            "training/global_step": float(self.step),
+            "training/epoch": float(self.rounds // self.collector.sampler.steps_per_epoch),
+        }
+
+    def _make_batch(self, experience: Experience) -> RolloutBatch:
+        config = self.config
+        advantages = group_advantages(experience.rewards, normalise_std=config.norm_adv_by_std)
+        batch = make_batch(experience.rollouts, advantages.flatten(), pad_token_id=self.engine_pad_token)
+        if config.overlong_filtering:
+            cut = torch.tensor([rollout.finish_reason == "length" for rollout in experience.rollouts])
+            batch.mask = batch.mask & ~cut.unsqueeze(1)
+        return batch
 
     def _log_probs(self, batch: RolloutBatch) -> torch.Tensor:
-        """``[B, s]`` log-probabilities of the rollouts under the weights that sampled them (this rank's rows)."""
+        """``[B, s]`` log-probabilities of the rollouts under the model's weights, equal on every rank."""
         result = torch.zeros(batch.tokens.shape)
-        rows = self._my_rows(len(batch))
-        microbatches = self._microbatches(batch, rows, None)
-        values = self.policy.log_probs(microbatches)
-        for microbatch, value in zip(microbatches, values, strict=True):
-            width = min(value.shape[1], result.shape[1])
-            result[microbatch.sequence_ids, :width] = value[:, :width].cpu()
+        microbatches = self._microbatches(batch)
+        for microbatch, values in zip(microbatches, self.policy.log_probs(microbatches), strict=True):
+            batch.unpack(microbatch, values.cpu(), result)
+        if group_size(self.groups.dp) > 1:  # the others' rows are zero here
+            moved = result.to(self.device)
+            dist.all_reduce(moved, group=self.groups.dp)
+            result = moved.cpu()
         return result
 
-    def _update(self, batch: RolloutBatch, old_log_probs: torch.Tensor, number: int) -> dict[str, float]:
+    def _correct_for_the_engine(self, batch: RolloutBatch) -> dict[str, float]:
+        """Measure the mismatch between engine and trainer, and apply what is asked for against it."""
+        config = self.config
+        assert batch.old_log_probs is not None
+        pair, mask = (batch.old_log_probs, batch.rollout_log_probs), batch.mask
+        metrics = {
+            f"training/rollout_{name}" if name.startswith("probs") else f"rollout/{name}": value
+            for name, value in mismatch(*pair, mask).items()
+        }
+        if config.rollout_rs != "none":
+            batch.mask = rejection_mask(*pair, mask, level=config.rollout_rs, threshold=config.rollout_rs_threshold)
+            metrics["rollout/rs_masked_fraction"] = 1.0 - (batch.mask.sum() / mask.sum().clamp_min(1)).item()
+        if config.rollout_is != "none":
+            batch.importance = truncated_importance(
+                *pair, batch.mask, level=config.rollout_is, threshold=config.rollout_is_threshold
+            )
+            chosen = batch.importance[batch.mask]
+            metrics["rollout/is_mean"] = chosen.mean().item() if chosen.numel() else 1.0
+            metrics["rollout/is_truncated_fraction"] = (
+                (chosen >= config.rollout_is_threshold).float().mean().item() if chosen.numel() else 0.0
+            )
+        return metrics
+
+    def _update(self, batch: RolloutBatch, number: int) -> dict[str, float]:
         """Optimizer step ``number`` of the run, on one mini-batch."""
-        training = self.training
+        training, config = self.training, self.config
+        if config.loss_agg_mode != "token-mean":
+            batch.weights = token_weights(
+                batch.mask, config.loss_agg_mode, max_response_tokens=config.max_response_tokens
+            )
         for chunk in training.chunks:
             chunk.train()
             chunk.zero_grad_buffer()  # type: ignore[operator]
         training.optimizer.zero_grad()
         losses = self.policy.gradients(
-            self._microbatches(batch, self._my_rows(len(batch)), old_log_probs),
-            num_sequences=len(batch),
-            num_tokens=int(batch.mask.sum()),
+            self._microbatches(batch),
+            num_sequences=max(batch.num_sequences, 1),
+            num_tokens=max(int(batch.mask.sum()), 1),
             step=number,
         )
         if not math.isfinite(losses["loss"]):
@@ -232,30 +315,17 @@ class Trainer:
             )
         return prompts
 
-    def _my_rows(self, count: int) -> list[int]:
-        dp = self.groups.dp
-        return list(range(count)) if dp is None else list(range(dp.rank(), count, dp.size()))
-
-    def _microbatches(
-        self, batch: RolloutBatch, rows: list[int], old_log_probs: torch.Tensor | None
-    ) -> list[PolicyMicrobatch]:
-        return batch.microbatches(
-            rows, size=self.config.micro_batch_size, length_multiple=self.config.tp, old_log_probs=old_log_probs,
-            device=self.device,
+    def _microbatches(self, batch: RolloutBatch) -> list[PolicyMicrobatch]:
+        """This data-parallel rank's share of a batch."""
+        config, dp = self.config, self.groups.dp
+        plan = plan_microbatches(
+            batch.lengths.tolist(), data_parallel=group_size(dp), micro_batch_size=config.micro_batch_size,
+            max_tokens=config.max_tokens_per_microbatch, packed=config.sequence_packing,
         )  # fmt: skip
-
-    def _mismatch(self, batch: RolloutBatch, log_probs: torch.Tensor) -> dict[str, float]:
-        """How far the engine's log-probabilities are from the trainer's, over the data-parallel ranks' rows."""
-        rows = self._my_rows(len(batch))
-        difference = (batch.rollout_log_probs[rows] - log_probs[rows])[batch.mask[rows]].abs()
-        total = torch.tensor([difference.sum(), float(difference.numel())], dtype=torch.float64)
-        largest = difference.max() if difference.numel() else difference.new_zeros(())
-        if group_size(self.groups.dp) > 1:
-            total, largest = total.to(self.device), largest.to(self.device)
-            dist.all_reduce(total, group=self.groups.dp)
-            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.groups.dp)
-        mean = (total[0] / total[1].clamp_min(1)).item()
-        return {"rollout/log_prob_diff_mean": mean, "rollout/log_prob_diff_max": largest.item()}
+        return make_microbatches(
+            batch, plan[0 if dp is None else dp.rank()], variable_length=config.variable_length,
+            packed=config.sequence_packing, length_multiple=config.tp, device=self.device,
+        )  # fmt: skip
 
     def _collect(self) -> Experience:
         """The step's rollouts; an engine that lost its weights, as a restarted server has, gets them again."""
@@ -378,18 +448,23 @@ def _iterations(directory: Path) -> list[int]:
 
 def _rollout_metrics(experience: Experience) -> dict[str, float]:
     rollouts, rewards = experience.rollouts, experience.rewards
-    lengths = [len(rollout.response_ids) for rollout in rollouts]
     spread = rewards.amax(1) - rewards.amin(1)
+    prompts, responses = ([float(len(getattr(r, name))) for r in rollouts] for name in ("prompt_ids", "response_ids"))
     return {
-        "reward/mean": rewards.mean().item(),
-        "reward/std_in_group": rewards.std(dim=1, correction=0).mean().item(),
-        "reward/degenerate_groups": (spread == 0).float().mean().item(),
+        **_range("critic/rewards", rewards.flatten().tolist()),
+        "critic/rewards/std_in_group": rewards.std(dim=1, correction=0).mean().item(),
+        "critic/degenerate_groups": (spread == 0).float().mean().item(),
         "rollout/rounds": float(experience.rounds),
         "rollout/sampled_groups": float(experience.sampled_groups),
-        "response_length/mean": sum(lengths) / len(lengths),
-        "response_length/max": float(max(lengths)),
+        **_range("prompt_length", prompts),
+        **_range("response_length", responses),
         "response_length/clip_ratio": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
+        "perf/total_num_tokens": sum(prompts) + sum(responses),
     }
+
+
+def _range(name: str, values: Sequence[float]) -> dict[str, float]:
+    return {f"{name}/mean": sum(values) / len(values), f"{name}/max": max(values), f"{name}/min": min(values)}
 
 
 def _learning_rate(training: Any) -> float:
@@ -405,7 +480,7 @@ class _Clock:
     def lap(self, name: str) -> dict[str, float]:
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
-        return {f"time/{name}": seconds}
+        return {f"timing_s/{name}": seconds}
 
     def total(self) -> float:
         return time.perf_counter() - self._start

@@ -175,6 +175,9 @@ def transformer_config(
             fields["window_attn_skip_freq"] = list(arguments.window_attn_skip_freq)
     if arguments.num_experts is not None:
         fields |= _moe_fields(arguments, expert_parallel, expert_tensor_parallel)
+    if overrides.get("variable_seq_lengths"):
+        # Megatron asks this of dense models too, whose dispatcher is never used.
+        fields["moe_token_dispatcher_type"] = "alltoall"
     fields.update(overrides)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*gradient_accumulation_fusion.*")
@@ -209,11 +212,15 @@ def build_model_chunk(
     post_process: bool,
     vp_stage: int | None = None,
     pg_collection: Any = None,
+    packed: bool = False,
 ) -> nn.Module:
-    """Build one pipeline stage (or one virtual chunk of it) as a ``GPTModel``."""
+    """Build one pipeline stage (or one virtual chunk of it) as a ``GPTModel``.
+
+    ``packed`` is for packed sequences: without Transformer Engine their attention is :mod:`.attention`'s.
+    """
     from megatron.core.models.gpt import GPTModel
 
-    spec = _layers_spec(arguments, config, vp_stage)
+    spec = _layers_spec(arguments, config, vp_stage, packed=packed)
     chunk: Any = GPTModel(
         config=config,
         transformer_layer_spec=spec,
@@ -239,7 +246,7 @@ def build_model_chunk(
     return chunk
 
 
-def _layers_spec(arguments: ModelArguments, config: Any, vp_stage: int | None) -> Any:
+def _layers_spec(arguments: ModelArguments, config: Any, vp_stage: int | None, *, packed: bool) -> Any:
     """Megatron's modules for the layers of this chunk."""
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_decoder_block_spec,
@@ -266,11 +273,18 @@ def _layers_spec(arguments: ModelArguments, config: Any, vp_stage: int | None) -
         parts.input_layernorm = parts.pre_mlp_layernorm = SequenceParallelRMSNorm
         if arguments.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = SequenceParallelRMSNorm
+        if packed:
+            from megatron_oisd.runtime.attention import UnfusedAttention
+
+            attention.core_attention = UnfusedAttention
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=SequenceParallelRMSNorm)
 
 
-def build_model(arguments: ModelArguments, config: Any) -> list[nn.Module]:
-    """Build this rank's model chunks from Megatron's initialised parallel state: one, or one per virtual stage."""
+def build_model(arguments: ModelArguments, config: Any, *, packed: bool = False) -> list[nn.Module]:
+    """Build this rank's model chunks from Megatron's initialised parallel state: one, or one per virtual stage.
+
+    ``packed`` as in :func:`build_model_chunk`.
+    """
     from megatron.core import parallel_state
 
     stages: list[int | None] = (
@@ -288,6 +302,7 @@ def build_model(arguments: ModelArguments, config: Any) -> list[nn.Module]:
                 pre_process=parallel_state.is_pipeline_first_stage(**kwargs),
                 post_process=parallel_state.is_pipeline_last_stage(**kwargs),
                 vp_stage=vp_stage,
+                packed=packed,
             )
         )
     return chunks

@@ -20,7 +20,7 @@ pytest.importorskip("matplotlib")
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "plot_training.py"
 BY_KEY = {panel.key: panel for panel in PANELS}
 LAYERS = ("oisd/think/", "oisd/attn/", "oisd/js/", "oisd/attn_js/")
-SCALARS = ("reward/mean", "actor/entropy", "response_length/mean", "actor/grad_norm")
+SCALARS = ("critic/rewards/mean", "actor/entropy", "response_length/mean", "actor/grad_norm")
 
 
 def run(steps: int, layers: tuple[int, ...] = (), names: tuple[str, ...] = SCALARS) -> list[dict[str, Any]]:
@@ -104,15 +104,15 @@ def test_curves_are_collected_by_layer_number() -> None:
 
 def test_values_that_were_not_finite_are_gaps() -> None:
     records: list[dict[str, Any]] = [
-        {"step": 1, "reward/mean": 0.5},
-        {"step": 2, "reward/mean": None, "non_finite": ["reward/mean"]},
+        {"step": 1, "critic/rewards/mean": 0.5},
+        {"step": 2, "critic/rewards/mean": None, "non_finite": ["critic/rewards/mean"]},
         {"step": 5},
-        {"step": 9, "reward/mean": 0.7},
+        {"step": 9, "critic/rewards/mean": 0.7},
     ]
-    (curve,) = collect_curves({"a": records}, BY_KEY["reward/mean"])
+    (curve,) = collect_curves({"a": records}, BY_KEY["critic/rewards/mean"])
     assert curve.steps.tolist() == [1, 2, 9]
     assert np.isnan(curve.values).tolist() == [False, True, False]
-    assert collect_curves({"a": records[1:3]}, BY_KEY["reward/mean"]) == []
+    assert collect_curves({"a": records[1:3]}, BY_KEY["critic/rewards/mean"]) == []
 
 
 def test_extreme_values_draw(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_command_line(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFi
     for name in ("oisd", "grpo"):
         with MetricsLog(tmp_path / name, tensorboard=False) as log:
             for step in range(1, 4):
-                log.write(step, {"reward/mean": step / 4, "actor/entropy": math.nan if step == 2 else 0.5})
+                log.write(step, {"critic/rewards/mean": step / 4, "actor/entropy": math.nan if step == 2 else 0.5})
     table = tmp_path / "table.json"
     table.write_text(json.dumps(evaluation(before=0.1, after=0.2)))
     output = tmp_path / "figures" / "curves.png"

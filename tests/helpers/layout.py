@@ -35,6 +35,12 @@ class Case:
     dtype: torch.dtype = torch.float32
     overrides: tuple[tuple[str, Any], ...] = ()
     distributed_optimizer: bool = False
+    max_tokens: int | None = None
+    """Token budget of a microbatch instead of ``micro_batch`` sequences."""
+    packed: bool = False
+    policy: tuple[tuple[str, Any], ...] = ()
+    """Fields of ``PolicyLossConfig``."""
+    loss_agg_mode: str = "token-mean"
     counts: bool = True
     """Whether the step is told the global batch's counts of sequences and tokens."""
 
@@ -56,6 +62,10 @@ class Case:
             if not self.oisd.enabled:
                 parts.append("lambda0")
         parts += [] if self.per_token_loss else ["meanloss"]
+        parts += [f"budget{self.max_tokens}"] if self.max_tokens else []
+        parts += ["packed"] if self.packed else []
+        parts += [self.loss_agg_mode] if self.loss_agg_mode != "token-mean" else []
+        parts += [f"{name}{value}" for name, value in self.policy]
         parts += [] if self.counts else ["nocounts"]
         parts += ["distopt"] if self.distributed_optimizer else []
         parts += [str(value) for _, value in self.overrides]
@@ -87,6 +97,13 @@ class Batch:
     mask: Tensor
     advantages: Tensor
     old_log_probs: Tensor
+    reference_log_probs: Tensor | None = None
+    importance: Tensor | None = None
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each sequence: what comes after the last response token is padding."""
+        return torch.tensor([int(row.nonzero().max()) + 2 if row.any() else 4 for row in self.mask])
 
 
 def make_batch(num_sequences: int = 4, length: int = 24) -> Batch:
@@ -149,8 +166,10 @@ def run_case(case: Case, batch: Batch) -> tuple[dict[str, float], dict[str, Tens
 
     from megatron_oisd.convert.families import arguments_from_hf_config
     from megatron_oisd.convert.weights import export_hf_weights, load_hf_weights
+    from megatron_oisd.losses.aggregate import token_weights
     from megatron_oisd.pipeline.oisd import OISD
-    from megatron_oisd.rl.policy import ParallelGroups, PolicyLossConfig, PolicyMicrobatch, PolicyPass
+    from megatron_oisd.rl.batch import RolloutBatch, make_microbatches, plan_microbatches
+    from megatron_oisd.rl.policy import ParallelGroups, PolicyLossConfig, PolicyPass
     from megatron_oisd.runtime import distributed
     from megatron_oisd.runtime.model import build_model, transformer_config
 
@@ -162,9 +181,9 @@ def run_case(case: Case, batch: Batch) -> tuple[dict[str, float], dict[str, Tens
             arguments, tensor_parallel=case.tp, pipeline_parallel=case.pp, virtual_pipeline=case.vpp,
             sequence_parallel=case.sequence_parallel, dtype=case.dtype,
             calculate_per_token_loss=case.per_token_loss, finalize_model_grads_func=finalize_model_grads,
-            **dict(case.overrides),
+            **dict(case.overrides) | ({} if case.max_tokens is None else {"variable_seq_lengths": True}),
         )  # fmt: skip
-        bare = build_model(arguments, config)
+        bare = build_model(arguments, config, packed=case.packed)
         load_hf_weights(bare, arguments, {n: p.detach() for n, p in hf.state_dict().items()})
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=case.dtype != torch.float64, overlap_grad_reduce=False,
@@ -178,18 +197,23 @@ def run_case(case: Case, batch: Batch) -> tuple[dict[str, float], dict[str, Tens
         oisd = None
         if case.oisd is not None:
             oisd = OISD(case.oisd, chunks, tp_group=groups.tp, pp_group=groups.pp, dp_group=groups.dp, vocab_size=VOCAB)
-        policy = PolicyPass(chunks, config, oisd, PolicyLossConfig(), groups, VOCAB)
+        policy = PolicyPass(chunks, config, oisd, PolicyLossConfig(**dict(case.policy)), groups, VOCAB)
         assert groups.dp is not None
-        order = list(range(groups.dp.rank(), len(batch.tokens), case.dp))
-        microbatches = []
-        for start in range(0, len(order), case.micro_batch):
-            rows = order[start : start + case.micro_batch]
-            microbatches.append(
-                PolicyMicrobatch(
-                    tokens=batch.tokens[rows], mask=batch.mask[rows], advantages=batch.advantages[rows],
-                    old_log_probs=batch.old_log_probs[rows], sequence_ids=rows,
-                )
-            )  # fmt: skip
+        rollouts = RolloutBatch(
+            batch.tokens, batch.mask, torch.zeros_like(batch.old_log_probs), batch.advantages, batch.lengths,
+            old_log_probs=batch.old_log_probs, reference_log_probs=batch.reference_log_probs,
+            importance=batch.importance,
+        )  # fmt: skip
+        if case.loss_agg_mode != "token-mean":
+            rollouts.weights = token_weights(batch.mask, case.loss_agg_mode, max_response_tokens=40)
+        plan = plan_microbatches(
+            batch.lengths.tolist(), data_parallel=case.dp, micro_batch_size=case.micro_batch,
+            max_tokens=case.max_tokens, packed=case.packed,
+        )[groups.dp.rank()]  # fmt: skip
+        microbatches = make_microbatches(
+            rollouts, plan, variable_length=case.max_tokens is not None, packed=case.packed,
+            length_multiple=case.tp, device=torch.device("cpu"),
+        )  # fmt: skip
         metrics = policy.gradients(
             microbatches,
             num_sequences=len(batch.tokens) if case.counts else None,

@@ -304,7 +304,7 @@ def _abandon(*ignored: Any) -> None:
 def _live_through_bad_steps(training: Training, batch: Rollouts) -> None:
     expected = train(training, batch)
     # What was sent and how long it took is not compared: an abandoned step sends too.
-    values = {n: v for n, v in training.oisd.metrics().items() if "transport" not in n and "time/" not in n}
+    values = {n: v for n, v in training.oisd.metrics().items() if "transport" not in n and "timing_s/" not in n}
 
     def check_good_step(when: str) -> None:
         check_same(train(training, batch), expected, when)

@@ -703,7 +703,7 @@ def test_metrics_without_advantage_are_zero_and_without_a_loss_absent(model, bat
     oisd = model.attach(replace(CONFIG, lambda_attn=0.0))
     model.train(oisd, replace(batch, advantages=torch.zeros(4)))
     metrics = oisd.metrics()
-    transport = {"time/oisd_wait", *(f"oisd/transport/{n}" for n in ("teacher_bytes", "lens_bytes", "buffers"))}
+    transport = {"timing_s/oisd_wait", *(f"oisd/transport/{n}" for n in ("teacher_bytes", "lens_bytes", "buffers"))}
     assert set(metrics) == {"oisd/think", *(f"oisd/{n}/layer_2" for n in ("think", "js", "think_weight")), *transport}
     assert set(metrics.values()) == {0.0}
     oisd.detach()

@@ -33,7 +33,12 @@ class _Engine:
         self.behaviour: Any = lambda: None
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, *, samples_per_prompt: int = 1, seeds: Sequence[int]
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        *,
+        samples_per_prompt: int = 1,
+        seeds: Sequence[int],
     ) -> list[list[Rollout]]:
         self.calls.append(([list(prompt) for prompt in prompts], list(seeds)))
         self.behaviour()

@@ -90,7 +90,12 @@ class ScriptedEngine:
         self.closed = False
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, *, samples_per_prompt: int = 1, seeds: Sequence[int]
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        *,
+        samples_per_prompt: int = 1,
+        seeds: Sequence[int],
     ) -> list[list[Rollout]]:
         self.calls.append((len(prompts), samples_per_prompt, list(seeds)))
         answers = []

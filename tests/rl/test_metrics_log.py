@@ -135,12 +135,16 @@ def test_tensorboard_holds_the_same_numbers(tmp_path: Path) -> None:
 
     with MetricsLog(tmp_path) as log:
         for step in range(1, 5):
-            log.write(step, {"reward/mean": step / 4, "sometimes": math.nan if step == 2 else 1.0})
+            log.write(step, {"critic/rewards/mean": step / 4, "sometimes": math.nan if step == 2 else 1.0})
     time.sleep(0.01)
     with MetricsLog(tmp_path) as log:  # resumed from step 2
-        log.write(3, {"reward/mean": 30.0})
+        log.write(3, {"critic/rewards/mean": 30.0})
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    assert {(event.step, event.value) for event in events.Scalars("reward/mean")} == {(1, 0.25), (2, 0.5), (3, 30.0)}
+    assert {(event.step, event.value) for event in events.Scalars("critic/rewards/mean")} == {
+        (1, 0.25),
+        (2, 0.5),
+        (3, 30.0),
+    }
     assert [event.step for event in events.Scalars("sometimes")][:1] == [1]
     assert 2 not in [event.step for event in events.Scalars("sometimes")]

@@ -16,22 +16,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from megatron_oisd.rl.metrics_log import read_metrics
 from megatron_oisd.rl.preemption import REQUEUE_EXIT_CODE
 from tests.helpers.ranks import kill_ranks, run_ranks
-from tests.helpers.training import ROOT, run_training, training_arguments
+from tests.helpers.training import ROOT, read_lines, run_training, training_arguments
 
 KILLS = 20
-
-
-def _metrics(output: Path) -> list[dict[str, Any]]:
-    """Every step's metrics without what depends on the clock."""
-    return [{k: v for k, v in line.items() if not k.startswith("time")} for line in read_metrics(output)]
 
 
 def _train(arguments: list[str], world_size: int = 2) -> None:
@@ -74,7 +67,7 @@ def test_twenty_sigkills_lose_nothing(workspace, tmp_path):
         kills += not finished
     _train(arguments)
     assert kills >= KILLS // 2, "the run ended before it could be killed: shorten the moments"
-    whole, killed = _metrics(tmp_path / "whole"), _metrics(tmp_path / "killed")
+    whole, killed = read_lines(tmp_path / "whole"), read_lines(tmp_path / "killed")
     assert [line["step"] for line in whole] == list(range(1, 25))
     assert killed == whole
     assert max(line["rollout/rounds"] for line in whole) == 2
@@ -91,14 +84,16 @@ def test_a_run_goes_on_at_another_layout(workspace, tmp_path, distributed_optimi
     _train(training_arguments(workspace, moved, num_steps=2, **common))
     for steps, layout in ((4, {"pp": 1, "tp": 2, "sequence_parallel": True}), (6, {"pp": 2, "tp": 1})):
         _train(training_arguments(workspace, moved, num_steps=steps, resume=True, **common, **layout))
-    one, other = _metrics(whole), _metrics(moved)
+    one, other = read_lines(whole), read_lines(moved)
     for mine, theirs in zip(one, other, strict=True):
-        assert mine["reward/mean"] == theirs["reward/mean"]
+        assert mine["critic/rewards/mean"] == theirs["critic/rewards/mean"]
         for name in ("actor/loss", "actor/grad_norm", "actor/entropy", "oisd/think/layer_2", "oisd/attn/layer_2"):
             assert theirs[name] == pytest.approx(mine[name], rel=2e-3, abs=2e-5), (mine["step"], name)
     one_weights, other_weights = _weights(whole, tmp_path / "a"), _weights(moved, tmp_path / "b")
-    worst = max((one_weights[name] - other_weights[name]).abs().max().item() for name in one_weights)
-    assert worst < 1e-5  # seen: 2e-7; six steps of Adam at lr 1e-3 move a weight by up to 1e-2
+    # In norm: Adam moves an element whose gradient is nearly 0 by a full step in a direction that rounding decides.
+    norms = {name: weights.norm().item() for name, weights in one_weights.items()}
+    worst = max((one_weights[name] - other_weights[name]).norm().item() / norms[name] for name in norms)
+    assert worst < 5e-6  # seen: 1e-6; six steps of Adam at lr 1e-3 move a tensor by some 0.1
 
 
 def test_an_optimizer_saved_for_one_layout_loads_there_only(workspace, tmp_path):
@@ -112,7 +107,7 @@ def test_an_optimizer_saved_for_one_layout_loads_there_only(workspace, tmp_path)
         assert code == 2
         assert "TP 1 x PP 2" in text or "cannot be loaded" in text
     _train(training_arguments(workspace, tmp_path / "parts", num_steps=4, resume=True, **common))
-    assert _metrics(tmp_path / "parts") == _metrics(tmp_path / "whole")
+    assert read_lines(tmp_path / "parts") == read_lines(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -138,7 +133,7 @@ def test_a_run_that_is_asked_to_leave_checkpoints_and_goes_on(workspace, tmp_pat
     assert 1 <= latest < 5
     _train(training_arguments(workspace, output, resume=True, **steps), world_size=1)
     _train(training_arguments(workspace, tmp_path / "whole", **steps), world_size=1)
-    assert _metrics(output) == _metrics(tmp_path / "whole")
+    assert read_lines(output) == read_lines(tmp_path / "whole")
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(workspace, tmp_path):
@@ -152,7 +147,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(workspace, tmp_path):
     (code, text), _ = run_ranks(2, run_training, with_warning)
     assert code == 0, text
     assert "going back to an earlier checkpoint" in text
-    assert _metrics(tmp_path / "run") == _metrics(tmp_path / "copy")
+    assert read_lines(tmp_path / "run") == read_lines(tmp_path / "copy")
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("iter_*"))
     assert kept == ["iter_0000002", "iter_0000003", "iter_0000004"]
     for iteration in kept:

@@ -109,7 +109,9 @@ def test_the_checkpoints_generation_config_changes_nothing() -> None:
         do_sample=True, top_k=1, min_p=0.5, temperature=0.1, repetition_penalty=3.0, eos_token_id=7, bad_words_ids=[[9]]
     )
     strange = TransformersEngine(model, eos_token_id=EOS, pad_token_id=PAD)
-    assert_same(strange.generate(PROMPTS, sampling, seeds=[1] * 4), make_engine().generate(PROMPTS, sampling, seeds=[1] * 4))
+    assert_same(
+        strange.generate(PROMPTS, sampling, seeds=[1] * 4), make_engine().generate(PROMPTS, sampling, seeds=[1] * 4)
+    )
 
 
 @pytest.mark.parametrize("pad", [PAD, EOS])
@@ -210,7 +212,9 @@ def test_from_pretrained_round_trip(tmp_path: Path) -> None:
     make_model().save_pretrained(tmp_path)
     sampling = SamplingParams(max_new_tokens=8)
     loaded = TransformersEngine.from_pretrained(tmp_path)
-    assert_same(loaded.generate(PROMPTS, sampling, seeds=[1] * 4), make_engine().generate(PROMPTS, sampling, seeds=[1] * 4))
+    assert_same(
+        loaded.generate(PROMPTS, sampling, seeds=[1] * 4), make_engine().generate(PROMPTS, sampling, seeds=[1] * 4)
+    )
 
 
 def test_unreadable_checkpoints_are_refused(tmp_path: Path) -> None:

@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from megatron_oisd.errors import OISDError
-from megatron_oisd.rl.rollout.base import INCONSISTENT_VERSION, ModelLimits, SamplingParams, ServerError, StaleEngineError
+from megatron_oisd.rl.rollout.base import (
+    INCONSISTENT_VERSION,
+    ModelLimits,
+    SamplingParams,
+    ServerError,
+    StaleEngineError,
+)
 from megatron_oisd.rl.rollout.vllm_server import ServerLimits, VLLMServerEngine
 from megatron_oisd.rl.rollout.weight_names import ExpectedWeights
 from tests.helpers import fake_server
@@ -101,7 +107,7 @@ def test_a_stalled_server_runs_into_the_time_limit(server):
     server.faults = [fake_server.stall]
     assert len(generate(engine)) == 3
     server.faults = [fake_server.stall] * 9
-    with pytest.raises(ServerError, match="does not answer.*gave up after 3 attempts"):
+    with pytest.raises(ServerError, match=r"does not answer.*gave up after 3 attempts"):
         generate(engine)
 
 

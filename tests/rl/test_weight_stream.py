@@ -67,7 +67,7 @@ def test_the_engines_own_error_is_told_where_it_broke_off():
 
 
 def test_an_address_of_another_machine_is_refused():
-    with pytest.raises(OISDError, match="--rollout-weights-host is '192.0.2.1'"):
+    with pytest.raises(OISDError, match=r"--rollout-weights-host is '192\.0\.2\.1'"):
         WeightSender("192.0.2.1")
 
 

@@ -18,9 +18,7 @@ from megatron_oisd.rl.rollout.weight_names import ExpectedWeights
 
 def sampling_params(config: TrainConfig) -> SamplingParams:
     """How a run's rollouts are drawn."""
-    return SamplingParams(
-        max_new_tokens=config.max_response_tokens, temperature=config.temperature, top_p=config.top_p
-    )
+    return SamplingParams(max_new_tokens=config.max_response_tokens, temperature=config.temperature, top_p=config.top_p)
 
 
 def build_engine(config: TrainConfig, tokenizer: Any) -> RolloutEngine:

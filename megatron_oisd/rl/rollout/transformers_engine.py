@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -99,10 +99,11 @@ class TransformersEngine:
             raise OISDError("eos_token_id=[]: expected at least one end-of-sequence token; pass the tokenizer's")
         self._pad_id = pad_token_id
         self._batch_size = batch_size
-        self._model: Any = model.eval().requires_grad_(False)
+        self._model = cast(Any, model.eval().requires_grad_(False))
         self._model.generation_config = GenerationConfig()
         self._limits = ModelLimits(
-            model.get_input_embeddings().num_embeddings, getattr(model.config, "max_position_embeddings", None)
+            self._model.get_input_embeddings().num_embeddings,
+            getattr(self._model.config, "max_position_embeddings", None),
         )
         self.weights_version = 0
 

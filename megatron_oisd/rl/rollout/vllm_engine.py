@@ -79,8 +79,8 @@ def logprobs_mode(sampling: SamplingParams) -> str:
         return "raw_logprobs"
     if sampling.top_p < 1:
         raise OISDError(
-            f"--temperature {sampling.temperature} with --top-p {sampling.top_p}: vLLM reports log-probabilities either "
-            "before temperature or after top_p, and training needs them in between; set one of the two to 1"
+            f"--temperature {sampling.temperature} with --top-p {sampling.top_p}: vLLM reports log-probabilities "
+            "either before temperature or after top_p, and training needs them in between; set one of the two to 1"
         )
     return "processed_logprobs"
 
@@ -182,9 +182,9 @@ class VLLMEngine:
         self._check_version()
         parameters = [
             VLLMSamplingParams(
-                n=samples_per_prompt, seed=seed % 2**62, temperature=sampling.temperature, top_p=sampling.top_p, top_k=0,
-                max_tokens=sampling.max_new_tokens, stop_token_ids=self._eos_token_ids, ignore_eos=True, logprobs=0,
-                detokenize=False,
+                n=samples_per_prompt, seed=seed % 2**62, temperature=sampling.temperature, top_p=sampling.top_p,
+                top_k=0, max_tokens=sampling.max_new_tokens, stop_token_ids=self._eos_token_ids, ignore_eos=True,
+                logprobs=0, detokenize=False,
             )
             for seed in seeds
         ]  # fmt: skip
@@ -254,7 +254,9 @@ class VLLMEngine:
             return
         versions = self._call(lambda: self._open().collective_rpc("oisd_weights_version"))
         if set(versions) != {self._version}:
-            raise StaleEngineError(f"the vLLM engine serves weights {sorted(set(versions))}, expected {self._version!r}")
+            raise StaleEngineError(
+                f"the vLLM engine serves weights {sorted(set(versions))}, expected {self._version!r}"
+            )
 
     def _open(self) -> Any:
         if self._llm is None:

@@ -135,9 +135,7 @@ class VLLMServerEngine:
             with WeightSender(self._weights_host, timeout_s=self._server.timeout_s) as sender:
                 arguments = {"address": sender.address, "version": self._name(version)}
                 try:
-                    transfer(
-                        sender, checked, lambda: self._rpc("oisd_receive_weights", arguments), receivers=receivers
-                    )
+                    transfer(sender, checked, lambda: self._rpc("oisd_receive_weights", arguments), receivers=receivers)
                 except TransferError as error:
                     raise ServerError(f"{self.url}: {error}") from error
             # Keys and values of the old weights: with them log-probabilities would be off by whole nats.
@@ -165,9 +163,7 @@ class VLLMServerEngine:
 
     # ------------------------------------------------------------------------------------------------ requests
 
-    def _complete(
-        self, prompt: Sequence[int], sampling: SamplingParams, samples: int, seed: int
-    ) -> list[Rollout]:
+    def _complete(self, prompt: Sequence[int], sampling: SamplingParams, samples: int, seed: int) -> list[Rollout]:
         answer = self._post(
             "/v1/completions",
             {
@@ -197,7 +193,9 @@ class VLLMServerEngine:
         answer = self._post("/collective_rpc", {"method": method, "kwargs": arguments})
         results = answer.get("results") if isinstance(answer, dict) else None
         if not isinstance(results, list) or not results:
-            raise ServerError(f"{self.url} answered {str(answer)[:60]!r} to {method}: start it with tools/serve_rollouts.py")
+            raise ServerError(
+                f"{self.url} answered {str(answer)[:60]!r} to {method}: start it with tools/serve_rollouts.py"
+            )
         return results
 
     def _versions(self) -> list[Any]:

@@ -155,7 +155,7 @@ def receive_weights(address: str, *, timeout_s: float = 600.0) -> Iterator[tuple
                         raise OISDError(f"{count} tensors came where {header['end']} were sent")
                     return
                 tensor = torch.empty(header["shape"], dtype=DTYPES[header["dtype"]])
-                _read_into(connection, memoryview(tensor.flatten().view(torch.uint8).numpy()))
+                _read_into(connection, _bytes(tensor))
                 count += 1
                 yield header["name"], tensor
     except (OSError, EOFError) as error:
@@ -166,8 +166,14 @@ def _packed(name: str, tensor: Tensor) -> tuple[bytes, memoryview]:
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise OISDError(f"weight {name!r} has the dtype {dtype}: expected one of {', '.join(DTYPES)}")
-    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return _header({"name": name, "dtype": dtype, "shape": list(tensor.shape)}), memoryview(data)
+    header = _header({"name": name, "dtype": dtype, "shape": list(tensor.shape)})
+    return header, _bytes(tensor.detach().cpu().contiguous())
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """A contiguous CPU tensor's own memory."""
+    array: Any = tensor.flatten().view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 def _header(content: dict[str, Any]) -> bytes:
