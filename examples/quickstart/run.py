@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 
 from megatron_oisd.errors import OISDError, command_line
-from megatron_oisd.rl.config import parse_arguments
+from megatron_oisd.rl.arguments import parse_arguments
 from megatron_oisd.runtime.distributed import check_world_size
 
 ROOT = Path(__file__).resolve().parents[2]

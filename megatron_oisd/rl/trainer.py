@@ -34,6 +34,7 @@ from megatron_oisd.losses.aggregate import token_weights
 from megatron_oisd.losses.numerics import group_size
 from megatron_oisd.losses.off_policy import mismatch, rejection_mask, truncated_importance
 from megatron_oisd.pipeline.oisd import OISD
+from megatron_oisd.rl.arguments import write_config
 from megatron_oisd.rl.batch import RolloutBatch, make_batch, make_microbatches, plan_microbatches
 from megatron_oisd.rl.collect import Collector, derived_seed
 from megatron_oisd.rl.config import TrainConfig, trajectory_fingerprint
@@ -149,6 +150,7 @@ class Trainer:
 
     def _open_log(self) -> MetricsLog:
         config = self.config
+        write_config(self.output, config, self.oisd.config)
         wandb = None
         if config.wandb_project:
             wandb = WandbRun(
