@@ -60,6 +60,9 @@ def check_engine(path: str, multiprocess: bool) -> dict[str, Any]:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(1.3)
+    # More tokens than one step of the engine takes: the prompt at the border may not be split.
+    crowd = engine.generate([[2 + i % 20] * 97 for i in range(120)], sampling, seeds=list(range(120)))
+    result["crowd"] = [len(group) for group in crowd].count(1)
     result["refusals"] = []
     for action in (
         lambda: engine.update_weights(

@@ -40,6 +40,7 @@ def test_a_refreshed_engine_samples_from_the_streamed_weights(tmp_path, multipro
     assert max(result["errors"]) < 2e-5
     assert result["unlike_before"] == [True, True]
     assert result["alone"], "a response depends on the requests beside it"
+    assert result["crowd"] == 120
     missing, stale, temperature, token = result["refusals"]
     assert "missing from the refresh" in missing
     assert "last refresh of the vLLM engine failed" in stale
