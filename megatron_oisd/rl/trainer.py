@@ -110,6 +110,7 @@ class Trainer:
         """Rounds of prompts drawn: one a step, more with dynamic sampling."""
         self.saved_step: int | None = None
         self._experience: Experience | None = None
+        self._asleep = False
         self._resume()
 
     # ------------------------------------------------------------------------------------------- the algorithm
@@ -187,6 +188,7 @@ class Trainer:
         self._leave_if_asked()
         if self.config.rollout_sleep:
             self.engine.sleep()
+            self._asleep = True
         metrics = _rollout_metrics(experience) | clock.lap("gen")
 
         batch = self._make_batch(experience)
@@ -350,8 +352,9 @@ class Trainer:
             )
             failure: OISDError | None = None
             try:
-                if self.config.rollout_sleep and attempt == 0:
+                if self._asleep:
                     self.engine.wake()
+                    self._asleep = False
                 self.engine.update_weights(tensors, version=self.step)
             except OISDError as error:
                 failure = error

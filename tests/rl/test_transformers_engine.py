@@ -244,3 +244,16 @@ def test_a_closed_engine_says_so() -> None:
     engine.close()
     with pytest.raises(RuntimeError, match="closed"):
         engine.generate(PROMPTS, SamplingParams(max_new_tokens=4), seeds=[0] * 4)
+
+
+def test_a_woken_engine_samples_only_after_an_update() -> None:
+    engine, sampling = make_engine(), SamplingParams(max_new_tokens=8)
+    expected = engine.generate(PROMPTS, sampling, seeds=[1] * 4)
+    weights = {name: tensor.clone() for name, tensor in make_model().state_dict().items()}
+    engine.sleep()
+    assert engine.weights_version == INCONSISTENT_VERSION
+    engine.wake()
+    assert engine.weights_version == INCONSISTENT_VERSION
+    engine.update_weights(iter(weights.items()), version=3)
+    assert engine.weights_version == 3
+    assert_same(engine.generate(PROMPTS, sampling, seeds=[1] * 4), expected)

@@ -48,6 +48,14 @@ def test_the_kl_is_to_the_model_of_load_also_after_a_resume(workspace, tmp_path)
         assert line["actor/loss"] == pytest.approx(expected, rel=1e-4, abs=1e-7)
 
 
+def test_an_engine_that_sleeps_during_the_update_changes_nothing(workspace, tmp_path):
+    awake, asleep = (
+        train(workspace, tmp_path / name, num_steps=2, pp=1, world_size=1, **options)
+        for name, options in (("awake", {}), ("asleep", {"rollout_sleep": True}))
+    )
+    assert asleep == awake
+
+
 def test_budgets_and_packing_take_the_same_steps(workspace, tmp_path):
     common = {"num_steps": 2, "loss_agg_mode": "seq-mean-token-mean"}
     plain = train(workspace, tmp_path / "plain", **common)
