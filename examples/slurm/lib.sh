@@ -3,6 +3,8 @@
 
 readonly DONE=0 WRONG_FLAGS=2 AGAIN=75 REFUSED=78  # exit codes; 75: megatron_oisd/rl/preemption.py
 RESTARTS=${SLURM_RESTART_COUNT:-0}
+JOB=${SLURM_JOB_ID:-0}  # for Slurm's commands; an array's own number, which one of its tasks has, would mean all tasks
+[[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || JOB=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 ASKED=""         # not empty once Slurm has warned the job
 STEP_PID=""      # the srun that is waited for
 SERVERS_PID=""
@@ -59,7 +61,7 @@ take_flags() {
     LOGS=$STATE/${SLURM_JOB_ID:-0}.$RESTARTS
     export OISD_LOGS=$LOGS
     [[ -n $OISD_DRY_RUN ]] || mkdir -p "$LOGS" || exit $REFUSED
-    say "job ${SLURM_JOB_ID:-0}, start $((RESTARTS + 1)); logs: $LOGS"
+    say "job $JOB, start $((RESTARTS + 1)); logs: $LOGS"
 }
 
 # Later jobs of a chain have nothing to do once one has finished the run.
@@ -85,7 +87,7 @@ ask_to_leave() {
 watch_time_limit() {
     trap - USR1 TERM
     local end
-    end=$(date -d "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %e)" +%s 2>/dev/null) || return 0
+    end=$(date -d "$(squeue --noheader --jobs "$JOB" --format %e)" +%s 2>/dev/null) || return 0
     local left=$((end - $(date +%s) - 20))
     sleep $((left > 0 ? left : 0))
     [[ -z $STEP_PID ]] || kill -KILL "$STEP_PID" 2>/dev/null
@@ -93,8 +95,11 @@ watch_time_limit() {
 
 find_nodes() {
     local all
-    mapfile -t all < <(if [[ -n $OISD_NODES ]]; then tr ', ' '\n\n' <<<"$OISD_NODES"; else
-        scontrol show hostnames "$SLURM_JOB_NODELIST"; fi)
+    if [[ -n $OISD_NODES ]]; then
+        IFS=, read -ra all <<<"$OISD_NODES"
+    else
+        mapfile -t all < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    fi
     local training=$((${#all[@]} - OISD_ROLLOUT_NODES))
     if ((training < 1)); then
         echo "error: OISD_ROLLOUT_NODES is $OISD_ROLLOUT_NODES of ${#all[@]} nodes: at least one must train" >&2
@@ -228,7 +233,8 @@ start_servers() {
 
 # Whether a server's /health says 200.
 answers() {
-    local host=${1#http://} line=""
+    local host=${1#http://}
+    # shellcheck disable=SC2016
     timeout 5 bash -c '
         exec 3<>"/dev/tcp/$1/$2" && printf "GET /health HTTP/1.0\r\nHost: %s\r\n\r\n" "$1" >&3 && head -n 1 <&3
     ' _ "${host%:*}" "${host##*:}" 2>/dev/null | grep -q ' 200'
@@ -253,18 +259,18 @@ end_job() {
     [[ ! -s $LOGS/rank_0.log ]] || { say "the end of $LOGS/rank_0.log:"; tail -n 5 "$LOGS/rank_0.log"; }
     # Slurm is ending the job itself: cancelled, or a node failed, and then Slurm requeues it.
     local job_state
-    job_state=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T 2>/dev/null)
+    job_state=$(squeue --noheader --jobs "$JOB" --format %T 2>/dev/null)
     if [[ $job_state != RUNNING ]]; then
         say "the job is $job_state: left to Slurm"
-        exit $code
+        exit "$code"
     fi
     if ((code == WRONG_FLAGS)) && [[ -z $ASKED$servers_ended ]]; then
         say "the trainer refused its input (exit code 2): not requeued"
-        exit $code
+        exit "$code"
     fi
     # Starts since the last one that left something new behind.
     local progress failures=0 stops=0 at=""
-    progress=$(newest_checkpoint)-$(ls -A "$OUTPUT/rollout_state" 2>/dev/null | cksum | cut -d ' ' -f 1)
+    progress=$(newest_checkpoint)-$(find "$OUTPUT/rollout_state" -type f 2>/dev/null | sort | cksum | cut -d ' ' -f 1)
     [[ -f $STATE/attempts ]] && read -r failures stops at <"$STATE/attempts"
     [[ $at == "$progress" ]] || failures=0 stops=0
     if [[ -n $ASKED ]] || ((code == AGAIN)); then
@@ -273,7 +279,7 @@ end_job() {
     else
         requeue_unless $((++failures > OISD_MAX_FAILURES)) "failed ($code), at checkpoint $(newest_checkpoint)"
     fi
-    exit $code
+    exit "$code"
 }
 
 newest_checkpoint() { cat "$OUTPUT/checkpoints/latest_checkpointed_iteration.txt" 2>/dev/null || echo none; }
@@ -284,7 +290,7 @@ requeue_unless() {
     if (($1)); then
         say "$2; nothing new came of the last $((failures + stops)) starts: not requeued"
         rm -f "$STATE/attempts"  # who submits it again means it
-    elif say "$2: requeued" && trap - USR1 TERM && scontrol requeue "$SLURM_JOB_ID"; then
+    elif say "$2: requeued" && trap - USR1 TERM && scontrol requeue "$JOB"; then
         sleep 60  # Slurm ends this script
     else
         say "it cannot be requeued: submit it again with --resume, or use a chain (submit.sh chain)"

@@ -8,6 +8,7 @@ kernel and a file system as these two do.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -107,29 +108,34 @@ class Jobs:
         )  # fmt: skip
         return [int(line) for line in said.split()]
 
-    def log(self, job: int) -> str:
+    def log(self, job: int | str) -> str:
         """What the batch script said."""
-        return (self.folder / f"job-{job}.out").read_text()
+        file = self.folder / f"job-{job}.out"
+        return file.read_text() if file.exists() else ""
 
-    def wait_for_steps(self, job: int, output: Path, count: int) -> int:
+    def wait_for_steps(self, job: int | str, output: Path, count: int) -> int:
         """Wait until a running job has finished ``count`` steps; how many it has."""
-        file = output / "metrics.jsonl"
-
-        def finished() -> int:
-            return len(file.read_text().splitlines()) if file.exists() else 0
 
         def why() -> str:
             return self.cluster.logs() + self.log(job)
 
-        wait_for(lambda: finished() >= count and self.cluster.state(job) == "RUNNING", f"{count} steps", LIMIT_S, why)
-        return finished()
+        def reached() -> bool:
+            return count_steps(output) >= count and self.cluster.state(job) == "RUNNING"
+
+        wait_for(reached, f"{count} steps", LIMIT_S, why)
+        return count_steps(output)
 
     def finish(self, *jobs: int) -> None:
         states = self.cluster.wait_for_end(jobs, LIMIT_S)
         assert states == ["COMPLETED"] * len(jobs), "\n".join(self.log(job) for job in jobs)
 
-    def restarts(self, job: int) -> int:
+    def restarts(self, job: int | str) -> int:
         return int(self.cluster.job(job)["Restarts"])
+
+
+def count_steps(output: Path) -> int:
+    file = output / "metrics.jsonl"
+    return len(file.read_text().splitlines()) if file.exists() else 0
 
 
 @pytest.fixture
@@ -160,18 +166,21 @@ def test_a_run_that_is_preempted_twice_ends_as_one_that_is_not(jobs, whole, tmp_
     whole.assert_same(output)
 
 
-@pytest.mark.parametrize("node", slurm_cluster.NODES)
-def test_a_run_survives_the_death_of_a_node(jobs, whole, tmp_path, node):
-    """The first node runs the batch script and rank 0's store, the other one only ranks."""
+def test_a_run_survives_the_death_of_both_nodes(jobs, whole, tmp_path):
+    """One after the other. The first node runs the batch script and rank 0's store, the second only a rank."""
     output = tmp_path / "run"
     job = jobs.submit(output, settings=UNCHECKED)
-    jobs.wait_for_steps(job, output, 5)
-    jobs.cluster.kill_node(node)
-    wait_for(lambda: jobs.cluster.state(job) == "PENDING", "a requeued job", LIMIT_S, jobs.cluster.logs)
-    assert jobs.cluster.node_states()[node] == "down"
-    jobs.cluster.start_node(node)
+    steps = 2
+    for deaths, node in enumerate(slurm_cluster.NODES, start=1):
+        jobs.wait_for_steps(job, output, steps + 2)
+        jobs.cluster.kill_node(node)
+        wait_for(lambda: jobs.cluster.state(job) == "PENDING", "a requeued job", LIMIT_S, jobs.cluster.logs)
+        steps = count_steps(output)
+        assert jobs.cluster.node_states()[node].startswith("down")
+        jobs.cluster.start_node(node)
+        wait_for(lambda: jobs.cluster.state(job) == "RUNNING", "another start", LIMIT_S, jobs.cluster.logs)
+        assert jobs.restarts(job) == deaths
     jobs.finish(job)
-    assert jobs.restarts(job) == 1
     whole.assert_same(output)
 
 
@@ -226,8 +235,12 @@ def test_a_sweep_is_an_array_with_a_run_for_each_line(jobs, whole, tmp_path):
     sweep = tmp_path / "sweep.txt"
     sweep.write_text("# learning rates\n--lr 1e-3\n\n--lr 5e-4 --oisd-lambda-attn 0\n")
     (job,) = jobs.submit_many("sweep", sweep, tmp_path / "runs", f"--output={tmp_path}/job-%A_%a.out")
-    states = jobs.cluster.wait_for_end([f"{job}_0", f"{job}_1"], LIMIT_S)
+    last = f"{job}_1"  # has the array's own number, which means all tasks elsewhere
+    jobs.wait_for_steps(last, tmp_path / "runs" / "001", 2)
+    jobs.cluster.run("scancel", "--signal=USR1", "--batch", last)
+    states = jobs.cluster.wait_for_end([f"{job}_0", last], LIMIT_S)
     assert states == ["COMPLETED"] * 2, (tmp_path / f"job-{job}_0.out").read_text()
+    assert [jobs.restarts(f"{job}_0"), jobs.restarts(last)] == [0, 1]
     whole.assert_same(tmp_path / "runs" / "000")
     other = read_lines(tmp_path / "runs" / "001")
     assert [line["step"] for line in other] == list(range(1, STEPS["num_steps"] + 1))
@@ -248,6 +261,22 @@ def test_a_chain_goes_on_where_a_job_ended_and_stops_when_the_run_is_finished(jo
     assert "nothing to do" in jobs.log(third)
     assert not (output / "slurm" / f"{third}.0" / "train.err").exists()
     whole.assert_same(output)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: make vllm")
+def test_a_run_takes_its_rollouts_from_a_node_of_their_own(jobs, tmp_path):
+    """node1 trains, node2 serves: the trainer streams its weights there and trains on what comes back."""
+    output = tmp_path / "run"
+    settings = UNCHECKED | {"OISD_ROLLOUT_NODES": "1", "OISD_ROLLOUT_FLAGS": "--gpu-memory-utilization 0.1"}
+    job = jobs.submit(output, settings=settings, pp=1, num_steps=2, rollout_retries=7)
+    jobs.finish(job)
+    assert "1 rollout servers answer" in jobs.log(job)
+    lines = read_lines(output)
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(line["training/rollout_probs_diff_max"] < 1e-4 for line in lines)
+    logs = output / "slurm" / f"{job}.0"
+    assert sorted(path.name for path in logs.glob("rank_*")) == ["rank_0.log"]
+    assert "--host 127.0.0.1 --port" in (logs / "servers.out").read_text()
 
 
 def test_scripts_are_whole_and_print_what_they_would_run(tmp_path):

@@ -14,6 +14,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -245,3 +246,19 @@ def _free_ports(count: int) -> list[int]:
     for item in sockets:
         item.close()
     return ports
+
+
+def main() -> None:
+    """Keep a cluster up for a person."""
+    reason = missing()
+    if reason or len(sys.argv) != 2:
+        sys.exit(reason or "usage: python -m tests.helpers.slurm_cluster FOLDER")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with SlurmCluster(Path(sys.argv[1]).absolute()) as cluster, contextlib.suppress(KeyboardInterrupt):
+        print(f"export SLURM_CONF={cluster.environment['SLURM_CONF']} OISD_HOST_FORMAT=127.0.0.1 GLOO_SOCKET_IFNAME=lo")
+        print("in another shell; Ctrl-C here ends the cluster", flush=True)
+        signal.pause()
+
+
+if __name__ == "__main__":
+    main()
