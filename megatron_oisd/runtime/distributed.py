@@ -88,6 +88,11 @@ def check_world_size(world_size: int, tensor_parallel: int, pipeline_parallel: i
         )
 
 
+def barrier() -> None:
+    """Wait for all ranks."""
+    dist.barrier()
+
+
 def shutdown() -> None:
     """Leave the process group; safe to call twice."""
     from megatron.core import parallel_state

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_oisd.rl.metrics_log import read_metrics
 from tests.helpers.ranks import run_ranks
 
@@ -60,12 +62,16 @@ def training_arguments(workspace: Path, output: Path, **changes: Any) -> list[st
     return result
 
 
-def run_training(arguments: list[str]) -> tuple[int, str]:
-    """The command on this rank: its exit code and what it said on stderr."""
+def add_parity_reward() -> None:
+    """A random model never answers right; this rule gives it rewards of both kinds."""
     from megatron_oisd.rl.rewards import REWARDS
 
-    # A random model never answers right; this rule gives it rewards of both kinds.
     REWARDS["parity"] = lambda response, truth: float(len(response) % 2)
+
+
+def run_training(arguments: list[str]) -> tuple[int, str]:
+    """The command on this rank: its exit code and what it said on stderr."""
+    add_parity_reward()
     text = io.StringIO()
     with contextlib.redirect_stderr(text):
         code = load_script("tools/train_rl.py").main(arguments)
@@ -76,3 +82,22 @@ def read_lines(output: Path) -> list[dict[str, Any]]:
     """Every step's metrics without what depends on the clock."""
     clock = ("time", "timing_s/", "perf/throughput")
     return [{k: v for k, v in line.items() if not k.startswith(clock)} for line in read_metrics(output)]
+
+
+def _export(checkpoints: Path, target: Path) -> None:
+    from megatron_oisd.convert.mcore_to_hf import convert_mcore_to_hf
+
+    convert_mcore_to_hf(checkpoints, target, progress=False)
+
+
+def exported_weights(output: Path, target: Path) -> dict[str, torch.Tensor]:
+    """The final weights of a run, read through the converter."""
+    from safetensors.torch import load_file
+
+    run_ranks(1, _export, output / "checkpoints", target)
+    return {name: tensor for path in target.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []

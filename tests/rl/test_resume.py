@@ -15,14 +15,19 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-import torch
 
 from megatron_oisd.rl.preemption import REQUEUE_EXIT_CODE
 from tests.helpers.ranks import kill_ranks, run_ranks
-from tests.helpers.training import ROOT, read_lines, run_training, training_arguments
+from tests.helpers.training import (
+    ROOT,
+    assert_same_weights,
+    exported_weights,
+    read_lines,
+    run_training,
+    training_arguments,
+)
 
 KILLS = 20
 
@@ -30,25 +35,6 @@ KILLS = 20
 def _train(arguments: list[str], world_size: int = 2) -> None:
     for code, text in run_ranks(world_size, run_training, arguments):
         assert code == 0, text
-
-
-def _export(checkpoints: Path, target: Path) -> None:
-    from megatron_oisd.convert.mcore_to_hf import convert_mcore_to_hf
-
-    convert_mcore_to_hf(checkpoints, target, progress=False)
-
-
-def _weights(output: Path, target: Path) -> dict[str, torch.Tensor]:
-    """The final weights of a run, read through the converter."""
-    from safetensors.torch import load_file
-
-    run_ranks(1, _export, output / "checkpoints", target)
-    return {name: tensor for path in target.glob("*.safetensors") for name, tensor in load_file(path).items()}
-
-
-def _assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
 def test_twenty_sigkills_lose_nothing(workspace, tmp_path):
@@ -71,7 +57,9 @@ def test_twenty_sigkills_lose_nothing(workspace, tmp_path):
     assert [line["step"] for line in whole] == list(range(1, 25))
     assert killed == whole
     assert max(line["rollout/rounds"] for line in whole) == 2
-    _assert_same_weights(_weights(tmp_path / "whole", tmp_path / "a"), _weights(tmp_path / "killed", tmp_path / "b"))
+    assert_same_weights(
+        exported_weights(tmp_path / "whole", tmp_path / "a"), exported_weights(tmp_path / "killed", tmp_path / "b")
+    )
     assert list((tmp_path / "killed" / "rollout_state").iterdir()) == []
 
 
@@ -89,7 +77,7 @@ def test_a_run_goes_on_at_another_layout(workspace, tmp_path, distributed_optimi
         assert mine["critic/rewards/mean"] == theirs["critic/rewards/mean"]
         for name in ("actor/loss", "actor/grad_norm", "actor/entropy", "oisd/think/layer_2", "oisd/attn/layer_2"):
             assert theirs[name] == pytest.approx(mine[name], rel=2e-3, abs=2e-5), (mine["step"], name)
-    one_weights, other_weights = _weights(whole, tmp_path / "a"), _weights(moved, tmp_path / "b")
+    one_weights, other_weights = exported_weights(whole, tmp_path / "a"), exported_weights(moved, tmp_path / "b")
     # In norm: Adam moves an element whose gradient is nearly 0 by a full step in a direction that rounding decides.
     norms = {name: weights.norm().item() for name, weights in one_weights.items()}
     worst = max((one_weights[name] - other_weights[name]).norm().item() / norms[name] for name in norms)
