@@ -245,6 +245,8 @@ def _megatron_args(chunks: list[nn.Module], arguments: ModelArguments) -> argpar
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
+        expert_model_parallel_size=config.expert_model_parallel_size,
+        expert_tensor_parallel_size=config.expert_tensor_parallel_size,
         padded_vocab_size=arguments.padded_vocab_size(config.tensor_model_parallel_size),
         params_dtype=config.params_dtype,
         ckpt_format="torch_dist",

@@ -39,6 +39,16 @@ class TrainConfig:
 
     tp: int = _field(1, "tensor-model-parallel size", megatron="tensor_model_parallel_size")
     pp: int = _field(1, "pipeline-model-parallel size", megatron="pipeline_model_parallel_size")
+    ep: int = _field(
+        1,
+        "expert-model-parallel size: ranks, of those of TP and DP, that share out a layer's experts",
+        megatron="expert_model_parallel_size",
+    )
+    etp: int | None = _field(
+        None,
+        "tensor-parallel size within an expert; default: that of the rest of the model",
+        megatron="expert_tensor_parallel_size",
+    )
     sequence_parallel: bool = _field(False, "shard activations along the sequence between tensor-parallel regions")
     use_distributed_optimizer: bool = _field(False, "shard optimizer state over data-parallel ranks")
     dist_ckpt_optim_fully_reshardable: bool = _field(
@@ -215,7 +225,8 @@ class TrainConfig:
 
 NOT_OF_THE_TRAJECTORY = frozenset(
     (
-        *("output", "resume", "tp", "pp", "sequence_parallel", "use_distributed_optimizer", "recompute", "num_steps"),
+        *("output", "resume", "tp", "pp", "ep", "etp", "sequence_parallel", "use_distributed_optimizer", "recompute"),
+        "num_steps",
         *("micro_batch_size", "max_tokens_per_microbatch", "sequence_packing"),
         *("save_interval", "keep_checkpoints", "durable_rollouts"),
         *("dist_ckpt_optim_fully_reshardable", "rollout_urls", "rollout_timeout_s", "rollout_retries"),

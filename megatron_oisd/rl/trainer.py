@@ -64,7 +64,10 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, oisd_config: OISDConfig) -> None:
         self.config = config
-        distributed.initialize(tensor_parallel=config.tp, pipeline_parallel=config.pp, seed=config.seed)
+        distributed.initialize(
+            tensor_parallel=config.tp, pipeline_parallel=config.pp, expert_parallel=config.ep,
+            expert_tensor_parallel=config.etp, seed=config.seed,
+        )  # fmt: skip
         self.groups = ParallelGroups.from_megatron()
         config.check_data_parallel(group_size(self.groups.dp))
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -407,13 +410,16 @@ class Trainer:
             return
         iteration = self._newest_whole_checkpoint()
         fully_reshardable = not self._optimizer_of_one_layout(iteration)
+        if not fully_reshardable:
+            saved = load_model([], self.checkpoints, iteration)["layout"]
+            if saved != self._layout:
+                layout = " x ".join(f"{name.upper()} {size}" for name, size in saved.items())
+                raise OISDError(
+                    f"the optimizer in {self.checkpoints} was saved at {layout} for that layout only "
+                    "(--no-dist-ckpt-optim-fully-reshardable): resume with it"
+                )
         template = self.training.optimizer_state(loading=True, fully_reshardable=fully_reshardable)
         state = load_model(self.training.chunks, self.checkpoints, iteration, extra_state=template)
-        if not fully_reshardable and state["layout"] != self._layout:
-            raise OISDError(
-                f"the optimizer in {self.checkpoints} was saved at TP {state['layout']['tp']} x PP "
-                f"{state['layout']['pp']} for that layout only (--no-dist-ckpt-optim-fully-reshardable): resume with it"
-            )
         self.training.load_optimizer_state(state)
         self.oisd.sync()
         self.step = self.saved_step = int(state["iteration"])
@@ -421,12 +427,16 @@ class Trainer:
 
     @property
     def _layout(self) -> dict[str, int]:
-        return {"tp": self.config.tp, "pp": self.config.pp}
+        config = self.config
+        layout = {"tp": config.tp, "pp": config.pp}
+        if self.training.arguments.num_experts is not None:
+            layout |= {"ep": config.ep, "etp": config.tp if config.etp is None else config.etp}
+        return layout
 
     def _optimizer_of_one_layout(self, iteration: int) -> bool:
-        """Whether a checkpoint holds a distributed optimizer in the form that only its own TP and PP can load."""
+        """Whether a checkpoint holds a distributed optimizer in the form that only its own layout can load."""
         names = read_metadata(whole_iteration(self.checkpoints, iteration)).state_dict_metadata
-        return any(name.startswith("optimizer.distributed.dp_group_idx") for name in names)
+        return any("optimizer.distributed.dp_group_idx" in name for name in names)
 
     def _newest_whole_checkpoint(self) -> int:
         """The newest iteration of which every byte is there; a damaged one is passed over with a warning."""

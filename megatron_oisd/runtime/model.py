@@ -243,6 +243,10 @@ def build_model_chunk(
             # In checkpoints the norm before the MLP has the name that Transformer Engine's layers give it: it is fused
             # with a dense MLP only, and Megatron's local spec forgets that.
             layer.submodules_config.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+            # Megatron treats experts as such under expert parallelism only. They always are: at EP 1 their gradients
+            # would miss ranks where their TP is not that of the rest, and the optimizer would have another form.
+            for parameter in layer.mlp.experts.parameters():
+                parameter.allreduce = False
     return chunk
 
 

@@ -27,9 +27,9 @@ from tests.helpers.slurm_cluster import SlurmCluster, wait_for
 from tests.helpers.training import (
     ROOT,
     assert_same_weights,
-    exported_weights,
     make_workspace,
     read_lines,
+    read_weights,
     run_training,
     training_arguments,
 )
@@ -63,7 +63,7 @@ class Run:
 
     @classmethod
     def read(cls, output: Path) -> Run:
-        return cls(read_lines(output), exported_weights(output, output / "exported"))
+        return cls(read_lines(output), read_weights(output / "checkpoints", output / "exported"))
 
     def assert_same(self, output: Path) -> None:
         other = Run.read(output)

@@ -22,6 +22,7 @@ MODELS = {"qwen3_4b": (6, 8192), "qwen3_8b": (6, 8192), "octothinker_3b": (27, 3
 METHODS = {"grpo": (0, 0), "logit_only": (1, 0), "attention_only": (0, 0.1), "oisd": (1, 0.1)}
 MEGATRON = {
     "tp": "--tensor-model-parallel-size", "pp": "--pipeline-model-parallel-size",
+    "ep": "--expert-model-parallel-size", "etp": "--expert-tensor-parallel-size",
     "recompute": "--recompute-granularity", "prompts_per_step": "--grpo-prompts-per-step",
     "samples_per_prompt": "--grpo-group-size", "temperature": "--rl-default-temperature",
     "top_p": "--rl-default-top-p", "lr_warmup_steps": "--lr-warmup-iters",
