@@ -87,7 +87,7 @@ class LayerStudy:
         content["lens"] = asdict(self.lens) if self.lens else None
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            write_text(Path(path), json.dumps(content, ensure_ascii=False) + "\n")
+            write_text(Path(path), json.dumps(content) + "\n")
         except OSError as error:
             raise OISDError(f"{path} cannot be written ({error.strerror}): choose another --output") from error
 
@@ -154,7 +154,7 @@ def study_layers(
             for name in MEASURES:
                 values[name][number] = pass_over.means[name][row]
         if lens_sample in numbers:
-            row = numbers.index(lens_sample)  # type: ignore[arg-type]
+            row = numbers.index(lens_sample)
             lens = _lens_map(samples[numbers[row]], pass_over, row, lens_positions, decode)
         if progress is not None:
             progress(len(numbers))

@@ -20,7 +20,7 @@ from megatron_oisd.errors import OISDError
 RESAMPLES = 2000
 Rule = Literal["module", "lens"]
 RULES: dict[str, tuple[str, str, str]] = {
-    "module": ("entropy/ffn_output", "entropy/ffn_input", "what the FFN writes against what it reads, as BuPO measures"),
+    "module": ("entropy/ffn_output", "entropy/ffn_input", "what the FFN writes against what it reads, as in BuPO"),
     "lens": (
         "entropy/residual", "entropy/after_attention",
         "the residual stream after the FFN against before it, through the final norm, as OISD's student is read",
@@ -65,8 +65,8 @@ class Recommendation:
         at = self.layer - 1
         lines = [
             f"--oisd-layers {self.layer}",
-            f"based on: the last layer below the top with a positive FFN entropy change (above {self.threshold:g} nats) "
-            f"by the rule {self.rule!r}: {what}",
+            f"based on: the last layer below the top with a positive FFN entropy change (above {self.threshold:g} "
+            f"nats); rule {self.rule!r}: {what}",
             f"at layer {self.layer}: {self.change[at]:+.4f} nats, 95% interval {self.low[at]:+.4f} to "
             f"{self.high[at]:+.4f} over samples",
         ]

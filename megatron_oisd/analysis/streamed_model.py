@@ -100,7 +100,7 @@ class StreamedModel:
 
     def normed(self, hidden: Tensor) -> Tensor:
         """Apply the model's final norm to ``[..., h]``, in float32."""
-        return self._body.norm(hidden.to(self.dtype)).float()  # type: ignore[no-any-return]
+        return self._body.norm(hidden.to(self.dtype)).float()
 
     @torch.no_grad()
     def run(self, token_ids: Tensor, lengths: list[int], visit: Callable[[LayerActivations], None]) -> Tensor:
@@ -126,7 +126,7 @@ class StreamedModel:
         finally:
             for handle in handles:
                 handle.remove()
-        return output.last_hidden_state.float()  # type: ignore[no-any-return]
+        return output.last_hidden_state.float()
 
     def _hooks(self, number: int, layer: nn.Module, visit: Callable[[LayerActivations], None]) -> list[Any]:
         seen = _Seen()
