@@ -45,7 +45,7 @@ def draw_ablation(tables: Mapping[str, str | Path], output: str | Path) -> list[
     """
     found = read_tables(tables)
     colours = _colours(found)
-    width = 0.84 / len(colours)
+    width = min(0.84 / len(colours), 0.28)
 
     def fill(figure: Any) -> None:
         axes = figure.subplots()
@@ -71,7 +71,7 @@ def draw_ablation(tables: Mapping[str, str | Path], output: str | Path) -> list[
         axes.set_ylabel("right answers (%)")
         figure.legend(handles=_patches(colours), loc="outside upper left", ncols=min(6, len(colours)), frameon=False)
         figure.supxlabel(
-            "Whiskers: 95% bootstrap CI over problems; spread between training seeds is not in them.",
+            "Whiskers: 95% CI over problems, without the spread of training seeds.",
             fontsize=7.5, color=NEUTRAL, x=0.01, ha="left",
         )  # fmt: skip
 

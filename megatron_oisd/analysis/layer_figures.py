@@ -26,7 +26,7 @@ LONGEST_TOKEN = 8
 def draw_lens_map(lens: LensMap, output: str | Path, *, title: str = "") -> list[Path]:
     """Draw tokens by layers: each cell the layer's most probable next token, its colour that token's probability.
 
-    Cells that name the token the last layer names are outlined. Returns the PNG and the SVG.
+    Bold cells name the token that the last layer names. Returns the PNG and the SVG.
     """
     layers, positions = len(lens.top_tokens), len(lens.tokens)
 
@@ -43,21 +43,27 @@ def draw_lens_map(lens: LensMap, output: str | Path, *, title: str = "") -> list
                     place, layer, printable(token), ha="center", va="center", fontsize=6.2,
                     fontweight="bold" if same else "normal", color="white" if probability > 0.55 else "#222222",
                 )  # fmt: skip
-        labels = [f"{lens.first_position + place + 1}  {printable(token)}" for place, token in enumerate(lens.tokens)]
-        axes.set_xticks(range(positions), labels, rotation=60, ha="right", rotation_mode="anchor", fontsize=6.5)
+        labels = [f"{printable(token)}\n{lens.first_position + place + 1}" for place, token in enumerate(lens.tokens)]
+        axes.set_xticks(range(positions), labels, fontsize=6.5)
+        # Lines between the cells.
+        axes.set_xticks(np.arange(positions - 1) + 0.5, minor=True)
+        axes.set_yticks(np.arange(1, layers) + 0.5, minor=True)
+        axes.grid(which="minor", color="white", linewidth=1)
         step = max(1, math.ceil(layers / 40))
         axes.set_yticks(range(1, layers + 1, step))
-        axes.tick_params(length=0)
+        axes.tick_params(which="both", length=0)
         for spine in axes.spines.values():
             spine.set_visible(False)
-        axes.set_xlabel("position and the token there; cells name the token predicted next (bold: as the last layer)")
+        axes.set_xlabel(
+            "token and its position, from 1; cells name the token predicted to follow (bold: as in the last layer)"
+        )
         axes.set_ylabel("layer")
         axes.set_title(title or f"Logit lens, sample {lens.sample}")
         bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=30)
         bar.set_label("probability of that token")
         bar.outline.set_visible(False)
 
-    return save_figure(fill, output, (2.2 + 0.5 * positions, 1.6 + 0.24 * layers))
+    return save_figure(fill, output, (2.2 + 0.5 * positions, 1.4 + 0.24 * layers))
 
 
 def draw_layers(study: LayerStudy, advice: Recommendation | None, output: str | Path) -> list[Path]:
@@ -151,11 +157,11 @@ def draw_training(studies: Sequence[LayerStudy], output: str | Path) -> list[Pat
             )  # fmt: skip
             shown = range(1, len(studies), max(1, math.ceil((len(studies) - 1) / 8)))
             changes.set_xticks(shown, [labels[number] for number in shown])
-            changes.set_title(f"Change since {labels[0]}")
+            changes.set_title(f"Change since step {labels[0]}")
             changes.set_xlabel("training step")
             changes.set_ylabel("layer")
             bar = figure.colorbar(image, ax=changes, pad=0.02)
-            bar.set_label("similarity gained (blue) or lost (red)")
+            bar.set_label("gained (blue), lost (red)")
             bar.outline.set_visible(False)
             lines.set_xlabel("layer")
             for axis in (lines.xaxis, changes.yaxis):
@@ -193,6 +199,7 @@ def save_figure(fill: Callable[[Any], None], output: str | Path, size: tuple[flo
     """
     try:
         import matplotlib as mpl
+        from matplotlib import font_manager
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -200,8 +207,9 @@ def save_figure(fill: Callable[[Any], None], output: str | Path, size: tuple[flo
     base = Path(output)
     stem = base.stem if base.suffix.lower() in (".png", ".svg") else base.name
     files = [base.with_name(stem + suffix) for suffix in (".png", ".svg")]
+    # Tokens are of any script: the first font that has a sign is taken for it.
     fonts = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP"]
-    installed = {font.name for font in mpl.font_manager.fontManager.ttflist} if hasattr(mpl, "font_manager") else set()
+    installed = {font.name for font in font_manager.fontManager.ttflist}
     style = {**STYLE, "font.family": [name for name in fonts if name in installed] or ["sans-serif"]}
     with mpl.rc_context(style):
         figure = Figure(figsize=size, layout="constrained")
@@ -238,4 +246,4 @@ def _lines(
     axes.set_xlim(0.6, study.num_layers + 0.4)
     axes.xaxis.get_major_locator().set_params(integer=True)
     if len(curves) > 1:
-        axes.legend(frameon=False, fontsize=7.5)
+        axes.legend(fontsize=7.5, framealpha=0.85, edgecolor="none")

@@ -57,9 +57,11 @@ class Recommendation:
         """The recommendation in words; the first line is the flag."""
         what = f"entropy change of {RULES[self.rule][2]}, mean over {self.samples} samples"
         if self.layer is None:
+            best = int(np.argmax(self.change[:-1]))
             return [
                 "no layer is recommended",
-                f"based on: {what}; no layer below the last has a change above {self.threshold:g} nats",
+                f"based on: {what}; no layer below the last has a change above {self.threshold:g} nats, the largest is "
+                f"{self.change[best]:+.4f} at layer {best + 1}",
                 "what to do: compare the layers' figures, or try several layers in short runs",
             ]
         at = self.layer - 1
