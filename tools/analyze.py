@@ -199,7 +199,8 @@ class Analyst:
         if not steps:
             raise OISDError(f"{run} has no checkpoints: train with a smaller --save-interval")
         count = min(self.arguments.checkpoints, len(steps))
-        chosen = sorted({steps[round(i * (len(steps) - 1) / max(count - 1, 1))] for i in range(count)} | {steps[-1]})
+        # From the last one back, so that it is always among them.
+        chosen = sorted(steps[-1 - round(i * (len(steps) - 1) / max(count - 1, 1))] for i in range(count))
         studies = []
         if self.arguments.base is not None:
             studies.append(replace(self.study(self.arguments.base, lens=False), step=0, label="step 0"))

@@ -73,8 +73,8 @@ def draw_layers(study: LayerStudy, advice: Recommendation | None, output: str | 
     def fill(figure: Any) -> None:
         grid = figure.subplots(2, 3).ravel()
         entropies = {
-            "residual stream": values["entropy/residual"],
-            "after attention": values["entropy/after_attention"],
+            "residual after FFN": values["entropy/residual"],
+            "residual after attention": values["entropy/after_attention"],
         }
         _lines(grid[0], study, entropies, "Entropy through the final norm", "nats")
         modules = {
@@ -147,6 +147,7 @@ def draw_training(studies: Sequence[LayerStudy], output: str | Path) -> list[Pat
             table = np.array([1 - study.measures[name].mean(axis=0)[:-1] / math.log(2) for study in studies])
             for row, colour, label in zip(table, shades, labels, strict=True):
                 lines.plot(layers, row, "o-", markersize=3, linewidth=1.3, color=colour, label=label)
+            lines.set_xlim(0.6, len(layers) + 0.4)
             lines.set_title(title)
             lines.set_ylabel("1 - JS / ln 2")
             delta = table[1:] - table[0]

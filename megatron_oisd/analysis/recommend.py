@@ -45,6 +45,8 @@ class Recommendation:
     shares: dict[int | None, float]
     """How often each layer is chosen when the samples are drawn again, most frequent first."""
     samples: int
+    firm_layer: int | None
+    """The last layer whose whole interval lies above the threshold."""
     runs_of_positive: list[tuple[int, int]]
     """First and last layer of each stretch with a change above the threshold."""
 
@@ -84,6 +86,11 @@ class Recommendation:
             lines.append(
                 f"weak: the interval at layer {self.layer} reaches {self.threshold:g}; more samples may move it"
             )
+        if self.samples > 1 and self.firm_layer not in (None, self.layer):
+            lines.append(
+                f"other candidate: --oisd-layers {self.firm_layer}, the last layer whose whole interval lies above "
+                f"{self.threshold:g}; take it where the changes after it are about nothing"
+            )
         if len(self.runs_of_positive) > 1:
             stretches = ", ".join(f"{a}-{b}" if a != b else f"{a}" for a, b in self.runs_of_positive)
             lines.append(
@@ -121,6 +128,7 @@ def recommend(study: LayerStudy, *, rule: str = "module", threshold: float = 0.0
     return Recommendation(
         layer=_last_positive(mean, threshold), rule=rule, threshold=threshold, change=mean, low=low, high=high,
         shares={layer: number / RESAMPLES for layer, number in chosen.most_common()}, samples=count,
+        firm_layer=_last_positive(low, threshold),
         runs_of_positive=_stretches(mean[:-1] > threshold),
     )  # fmt: skip
 

@@ -48,6 +48,7 @@ def test_uncertainty_over_samples() -> None:
     text = "\n".join(recommend(study([[1.0, 1.02, -1.0], [1.0, -1.0, -1.0]] * 2)).lines())
     assert "--oisd-layers 2" in text
     assert "weak: the interval at layer 2" in text
+    assert "other candidate: --oisd-layers 1," in text
 
 
 def test_several_stretches_are_said() -> None:
