@@ -136,13 +136,26 @@ class SlurmCluster:
 
     def kill_node(self, node: str) -> None:
         """SIGKILL all of a node's processes, as a power cut would, and mark the node down."""
-        victims = [psutil.Process(self._daemons[node].pid), *_processes_of(node)]
+        victims = [psutil.Process(self._daemons[node].pid), *self._processes_of(node)]
         for number in (signal.SIGSTOP, signal.SIGKILL):  # all at once: none may live to report another's death
             for victim in victims:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     victim.send_signal(number)
         self._daemons[node].wait()
         self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=killed")
+
+    def _processes_of(self, node: str) -> list[psutil.Process]:
+        """The processes of a node's jobs, and the slurmstepds that started them, which leave slurmd's process tree."""
+        mark = {"SLURMD_NODENAME": node, "SLURM_CONF": self.environment["SLURM_CONF"]}  # no other cluster's
+        found: dict[int, psutil.Process] = {}
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if mark.items() <= process.environ().items():
+                    found[process.pid] = process
+                    parent = process.parent()
+                    if parent is not None and parent.name() == "slurmstepd":
+                        found[parent.pid] = parent
+        return list(found.values())
 
     def node_states(self) -> dict[str, str]:
         """``{"node1": "idle", ...}``"""
@@ -213,19 +226,6 @@ class SlurmCluster:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
-
-
-def _processes_of(node: str) -> list[psutil.Process]:
-    """The processes of a node's jobs, and the slurmstepds that started them, which leave slurmd's process tree."""
-    found: dict[int, psutil.Process] = {}
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get("SLURMD_NODENAME") == node:
-                found[process.pid] = process
-                parent = process.parent()
-                if parent is not None and parent.name() == "slurmstepd":
-                    found[parent.pid] = parent
-    return list(found.values())
 
 
 def wait_for(
