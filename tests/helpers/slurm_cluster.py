@@ -52,6 +52,7 @@ SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=2,batch_sched_delay=0,bf_interval=2
 ReturnToService=0
 KillWait=20
+MinJobAge=3600
 SlurmdTimeout=300
 GresTypes=gpu
 NodeName={nodes[0]} NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[1]} CPUs=8 RealMemory=4000 Gres=gpu:4
