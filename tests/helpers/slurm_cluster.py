@@ -52,6 +52,7 @@ SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=2,batch_sched_delay=0,bf_interval=2
 ReturnToService=0
 KillWait=20
+MinJobAge=3600
 SlurmdTimeout=300
 GresTypes=gpu
 NodeName={nodes[0]} NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[1]} CPUs=8 RealMemory=4000 Gres=gpu:4
@@ -136,13 +137,26 @@ class SlurmCluster:
 
     def kill_node(self, node: str) -> None:
         """SIGKILL all of a node's processes, as a power cut would, and mark the node down."""
-        victims = [psutil.Process(self._daemons[node].pid), *_processes_of(node)]
+        victims = [psutil.Process(self._daemons[node].pid), *self._processes_of(node)]
         for number in (signal.SIGSTOP, signal.SIGKILL):  # all at once: none may live to report another's death
             for victim in victims:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     victim.send_signal(number)
         self._daemons[node].wait()
         self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=killed")
+
+    def _processes_of(self, node: str) -> list[psutil.Process]:
+        """The processes of a node's jobs, and the slurmstepds that started them, which leave slurmd's process tree."""
+        mark = {"SLURMD_NODENAME": node, "SLURM_CONF": self.environment["SLURM_CONF"]}  # no other cluster's
+        found: dict[int, psutil.Process] = {}
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if mark.items() <= process.environ().items():
+                    found[process.pid] = process
+                    parent = process.parent()
+                    if parent is not None and parent.name() == "slurmstepd":
+                        found[parent.pid] = parent
+        return list(found.values())
 
     def node_states(self) -> dict[str, str]:
         """``{"node1": "idle", ...}``"""
@@ -213,19 +227,6 @@ class SlurmCluster:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
-
-
-def _processes_of(node: str) -> list[psutil.Process]:
-    """The processes of a node's jobs, and the slurmstepds that started them, which leave slurmd's process tree."""
-    found: dict[int, psutil.Process] = {}
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get("SLURMD_NODENAME") == node:
-                found[process.pid] = process
-                parent = process.parent()
-                if parent is not None and parent.name() == "slurmstepd":
-                    found[parent.pid] = parent
-    return list(found.values())
 
 
 def wait_for(
