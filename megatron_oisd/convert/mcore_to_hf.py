@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from megatron_oisd.convert.checkpoint import HF_DIRECTORY, read_arguments, stored_dtype, whole_iteration
+from megatron_oisd.convert.checkpoint import HF_DIRECTORY, model_tensors, read_arguments, stored_dtype, whole_iteration
 from megatron_oisd.convert.hf_files import copy_hf_files, read_hf_config
 from megatron_oisd.convert.manifest import write_manifest
 from megatron_oisd.convert.output import check_target, new_directory, sync_directory
 from megatron_oisd.convert.plan import Plan
 from megatron_oisd.convert.report import Prompts, Report, Verify, verify_pair
 from megatron_oisd.convert.safetensors_io import ShardedWriter
-from megatron_oisd.convert.torch_dist import ParameterReader
+from megatron_oisd.convert.torch_dist import KeyStyle, ParameterReader
 from megatron_oisd.convert.verify import single_process
 from megatron_oisd.errors import OISDError
 
@@ -88,15 +88,26 @@ def convert_mcore_to_hf(
 
 
 def plan_mcore_to_hf(
-    source: str | Path, target: str | Path, *, iteration: int | None = None, force: bool = False
-) -> Plan:
-    """Check all that :func:`convert_mcore_to_hf` checks beforehand and return its plan; writes nothing."""
+    source: str | Path,
+    target: str | Path,
+    *,
+    iteration: int | None = None,
+    dtype: torch.dtype | None = None,
+    force: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> tuple[Plan, ShardedWriter]:
+    """Check all that :func:`convert_mcore_to_hf` checks beforehand; writes nothing.
+
+    Returns:
+        Its plan, and what would write the files.
+    """
     arguments, stored = read_arguments(source), stored_dtype(source, iteration)
-    check_target(target, inputs=[source], force=force)
+    target = check_target(target, inputs=[source], force=force)
+    directory = whole_iteration(source, iteration)
     with single_process():
-        plan = Plan(arguments, stored)
-        ParameterReader(whole_iteration(source, iteration), plan.model)
-        return plan
+        plan = Plan(arguments, stored, style=KeyStyle.of(model_tensors(directory)))
+        ParameterReader(directory, plan.model)
+        return plan, ShardedWriter(target, plan.hf_shapes, dtype or stored, shard_bytes)
 
 
 def _write_config_dtype(directory: Path, dtype: torch.dtype) -> None:

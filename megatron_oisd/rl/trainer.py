@@ -388,6 +388,7 @@ class Trainer:
                 extra_state=self.training.optimizer_state(
                     loading=False, fully_reshardable=self.config.dist_ckpt_optim_fully_reshardable
                 ) | {"rounds": self.rounds, "layout": self._layout},
+                manifest=True,
             )  # fmt: skip
             self.saved_step = self.step
         if self.rank == 0:

@@ -359,6 +359,14 @@ MCORE: dict[str, tuple[Callable[[Path], None], str]] = {
         ),
         r"has shape \(65,\), and its hf/config\.json says \(64,\)",
     ),
+    "parameter of integers": (
+        _metadata(
+            lambda m, d: setattr(
+                m.state_dict_metadata["decoder.final_layernorm.weight"].properties, "dtype", torch.int8
+            )
+        ),
+        r"stores decoder\.final_layernorm\.weight as int8, expected one of F32",
+    ),
     "pieces missing": (
         _metadata(lambda m, d: m.state_dict_metadata["decoder.final_layernorm.weight"].chunks.clear()),
         "describes decoder.final_layernorm.weight incompletely",

@@ -18,11 +18,13 @@ import time
 
 import pytest
 
+from megatron_oisd.convert.manifest import MANIFEST
 from megatron_oisd.rl.preemption import REQUEUE_EXIT_CODE
 from tests.helpers.ranks import kill_ranks, run_ranks
 from tests.helpers.training import (
     ROOT,
     assert_same_weights,
+    load_script,
     read_lines,
     read_weights,
     run_training,
@@ -124,6 +126,33 @@ def test_a_run_that_is_asked_to_leave_checkpoints_and_goes_on(workspace, tmp_pat
     _train(training_arguments(workspace, output, resume=True, **steps), world_size=1)
     _train(training_arguments(workspace, tmp_path / "whole", **steps), world_size=1)
     assert read_lines(output) == read_lines(tmp_path / "whole")
+
+
+def test_checkpoints_have_manifests_that_resuming_does_not_need(workspace, tmp_path, capsys):
+    """Every rank's files are in it, the tool reads them against it, and a run goes on without."""
+    _train(training_arguments(workspace, tmp_path, num_steps=2, save_interval=1, use_distributed_optimizer=True))
+    checkpoints, verify = tmp_path / "checkpoints", load_script("tools/verify_checkpoint.py").main
+    for number in (1, 2):
+        directory = checkpoints / f"iter_{number:07d}"
+        files = sorted(path.name for path in directory.iterdir() if path.name != MANIFEST)
+        assert {"__0_0.distcp", "__1_0.distcp", ".metadata"} <= set(files)
+        assert sorted(json.loads((directory / MANIFEST).read_text())["files"]) == files
+        assert verify(["--mcore", str(checkpoints), "--iteration", str(number)]) == 0
+        assert f"{directory}: all {len(files)} files are as written" in capsys.readouterr().out
+    stored = checkpoints / "iter_0000002" / "__1_0.distcp"
+    data = bytearray(stored.read_bytes())
+    data[len(data) // 2] ^= 1
+    stored.write_bytes(data)
+    assert verify(["--mcore", str(checkpoints)]) == 2
+    assert f"{stored} is damaged or was changed" in capsys.readouterr().err
+    data[len(data) // 2] ^= 1
+    stored.write_bytes(data)
+    manifests = list(checkpoints.rglob(MANIFEST))
+    assert len(manifests) == 3  # two iterations and hf/
+    for path in manifests:
+        path.unlink()
+    _train(training_arguments(workspace, tmp_path, num_steps=3, resume=True, use_distributed_optimizer=True))
+    assert [line["step"] for line in read_lines(tmp_path)] == [1, 2, 3]
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(workspace, tmp_path):
