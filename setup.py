@@ -41,7 +41,7 @@ setup(
     package_data={"megatron_oisd": ["py.typed"]},
     install_requires=[
         "torch>=2.6",
-        "megatron-core>=0.15",
+        "megatron-core>=0.10",
         "safetensors>=0.4.3",
         "psutil>=5.9",  # megatron.core.dist_checkpointing imports it without requiring it
         "numpy>=1.26",
