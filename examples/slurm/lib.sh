@@ -88,9 +88,12 @@ watch_time_limit() {
     trap - USR1 TERM
     local end
     end=$(date -d "$(squeue --noheader --jobs "$JOB" --format %e)" +%s 2>/dev/null) || return 0
-    local left=$((end - $(date +%s) - 20))
-    sleep $((left > 0 ? left : 0))
-    [[ -z $STEP_PID ]] || kill -KILL "$STEP_PID" 2>/dev/null
+    while (($(date +%s) < end - 20)); do
+        sleep 1
+        kill -0 $$ 2>/dev/null || return 0  # the job is over
+    done
+    # Only a child of the batch script: the number may be another process's by now.
+    [[ -z $STEP_PID || $(ps -o ppid= -p "$STEP_PID" | tr -d ' ') != "$$" ]] || kill -KILL "$STEP_PID"
 }
 
 find_nodes() {
