@@ -4,7 +4,7 @@ The checkpoints have the shapes of Qwen3-0.6B and Llama-3.2-1B and random bf16 w
 tensor. Every run is a process of its own, which first converts a model of no size, so that all is imported. Then the
 kernel's peak of its resident memory is reset; what it rises above the resident memory at that moment is the run's. The
 runs of a round take turns, in a rotated order; files are read from the page cache and end on the disk (``fsync``) in
-every run.
+every run. Ratios are medians of the rounds' own: a run against the copy, and against mbridge, of the same round.
 
 mbridge (``pip install --no-deps mbridge==0.15.1 einops``) converts between an HF directory and a model in memory. Its
 runs build that model (this package's builder, on the CPU), and write or load Megatron's checkpoint with this package.
@@ -60,7 +60,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 _COLUMNS = {
     "model": "model", "run": "run", "s p20": "p20", "p50": "p50", "p80": "p80", "CPU s p50": "cpu_p50",
-    "GB/s": "gb_per_s", "time / copy": "time_over_copy", "peak MiB": "peak_mib", "largest tensor MiB": "largest_mib",
+    "GB/s": "gb_per_s", "time / copy": "time_over_copy", "time / mbridge": "time_over_mbridge",
+    "lowest": "time_over_mbridge_min", "highest": "time_over_mbridge_max",
+    "peak MiB": "peak_mib", "largest tensor MiB": "largest_mib",
     "peak / largest": "peak_over_largest", "model MiB": "model_mib", "note": "note",
 }  # fmt: skip
 
@@ -164,14 +166,14 @@ def _mbridge_to_hf(mcore: Path, out: Path) -> None:
 
 
 COPY = "copy (shutil.copyfile)"
-RUNS: dict[str, tuple[str, Callable[[Path, Path], None]]] = {
+RUNS: dict[str, tuple[str, Callable[[Path, Path], None]]] = {  # each beside what it is compared with
     COPY: ("hf", _copy),
     "HF to Megatron": ("hf", _to_mcore("none")),
-    "HF to Megatron, tensors verified": ("hf", _to_mcore("tensors")),
     "HF to Megatron, mbridge": ("hf", _mbridge_to_mcore),
+    "HF to Megatron, tensors verified": ("hf", _to_mcore("tensors")),
     "Megatron to HF": ("mcore", _to_hf("none")),
-    "Megatron to HF, tensors verified": ("mcore", _to_hf("tensors")),
     "Megatron to HF, mbridge": ("mcore", _mbridge_to_hf),
+    "Megatron to HF, tensors verified": ("mcore", _to_hf("tensors")),
 }
 
 
@@ -236,20 +238,33 @@ def measure(model: str, work: Path, repeats: int, names: list[str]) -> list[dict
                 samples[run].append(_in_process(run, sources[RUNS[run][0]], work / "out", tiny))
             except RuntimeError as error:
                 notes[run] = str(error)[:200]
-    copying = harness.Timing.of(found["seconds"] for found in samples[COPY]).p50
     rows = []
     for run, found in samples.items():
         row: dict[str, Any] = {"model": model, "run": run, "note": notes[run]}
         if found:
+            over_copy = _ratios(found, samples[COPY])
+            over_mbridge = _ratios(found, samples.get(f"{run.split(',')[0]}, mbridge", []))
             timing, peak = harness.Timing.of(f["seconds"] for f in found), max(f["peak"] for f in found)
             row |= {
                 **vars(timing), "cpu_p50": harness.Timing.of(f["cpu"] for f in found).p50,
-                "gb_per_s": size / timing.p50 / 1e9, "time_over_copy": timing.p50 / copying,
+                "gb_per_s": size / timing.p50 / 1e9, "time_over_copy": harness.Timing.of(over_copy).p50,
                 "peak_mib": peak / 2**20, "largest_mib": largest / 2**20, "peak_over_largest": peak / largest,
                 "model_mib": size / 2**20, "interpreter_mib": found[0]["before"] / 2**20, "repeats": len(found),
             }  # fmt: skip
+            if over_mbridge:
+                row |= {
+                    "time_over_mbridge": harness.Timing.of(over_mbridge).p50,
+                    "time_over_mbridge_min": min(over_mbridge), "time_over_mbridge_max": max(over_mbridge),
+                }  # fmt: skip
         rows.append(row)
     return rows
+
+
+def _ratios(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> list[float]:
+    """Seconds of a run over those of another one in the same round; nothing where the other was not made."""
+    if len(ours) != len(theirs):
+        return []
+    return [one["seconds"] / other["seconds"] for one, other in zip(ours, theirs, strict=True)]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -257,7 +272,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.convert", description=__doc__.splitlines()[0])
     parser.add_argument("--model", action="append", choices=list(SHAPES), help="default: both full sizes")
     parser.add_argument("--run", action="append", choices=[name for name in RUNS if name != COPY], help="default: all")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tiny", action="store_true", help="a model of no size, once, to try the command")
     parser.add_argument("--work", type=Path, help="folder for the checkpoints, 10 GB; default: a temporary one")
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder of the rows")

@@ -9,9 +9,9 @@
 Writing is synchronous and in this process. Megatron's default strategy forks writers and starts a manager process,
 which needs a main guard in the calling script and is refused inside daemonic processes; the files are the same.
 
-Everything here but :func:`latest_iteration`, :func:`read_arguments` and the HF readers is a collective over all ranks
-(``dist_checkpointing`` uses the default group) on a file system that all ranks see. The pickles in a checkpoint are
-read with lists of allowed classes only, see :mod:`megatron_oisd.convert.safe_pickle`.
+:func:`save_model` and :func:`load_model` are collectives over all ranks (``dist_checkpointing`` uses the default group)
+on a file system that all ranks see. The pickles in a checkpoint are read with lists of allowed classes only, see
+:mod:`megatron_oisd.convert.safe_pickle`.
 """
 
 from __future__ import annotations
@@ -350,6 +350,35 @@ def whole_iteration(directory: str | Path, iteration: int | None = None) -> Path
             )
     check_sizes(path)
     return path
+
+
+def iterations(directory: str | Path) -> list[int]:
+    """Numbers of the iterations in a checkpoint directory, ascending, whole or not."""
+    names = (path.name.removeprefix("iter_") for path in Path(directory).glob("iter_*"))
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def newest_whole_iteration(directory: str | Path) -> int:
+    """The newest iteration, up to the one that ``latest`` names, of which every byte is there.
+
+    Rank 0 warns of those that are passed over.
+
+    Raises:
+        OISDError: there is none; the line is about the oldest.
+    """
+    newest = latest_iteration(directory)
+    candidates = [newest, *(number for number in reversed(iterations(directory)) if number < newest)]
+    for position, iteration in enumerate(candidates):
+        try:
+            whole_iteration(directory, iteration)
+        except OISDError as error:
+            if position == len(candidates) - 1:
+                raise
+            if dist.get_rank() == 0:
+                warnings.warn(f"{error}; going back to an earlier checkpoint", stacklevel=2)
+        else:
+            return iteration
+    raise AssertionError("there is one candidate at least")
 
 
 def _check_common_state(path: Path, entries: dict[str, Any], cure: str) -> None:

@@ -19,8 +19,10 @@ from megatron_oisd.config import OISDConfig
 from megatron_oisd.convert.checkpoint import (
     HF_DIRECTORY,
     iteration_name,
+    iterations,
     latest_iteration,
     load_model,
+    newest_whole_iteration,
     read_arguments,
     save_model,
     whole_iteration,
@@ -392,7 +394,7 @@ class Trainer:
             )  # fmt: skip
             self.saved_step = self.step
         if self.rank == 0:
-            for old in _iterations(self.checkpoints)[: -self.config.keep_checkpoints]:
+            for old in iterations(self.checkpoints)[: -self.config.keep_checkpoints]:
                 shutil.rmtree(self.checkpoints / iteration_name(old), ignore_errors=True)
         if self.store is not None:
             self.store.discard(before=self.step)
@@ -409,7 +411,7 @@ class Trainer:
             return
         if not exists:
             return
-        iteration = self._newest_whole_checkpoint()
+        iteration = newest_whole_iteration(self.checkpoints)
         fully_reshardable = not self._optimizer_of_one_layout(iteration)
         if not fully_reshardable:
             saved = load_model([], self.checkpoints, iteration)["layout"]
@@ -438,28 +440,6 @@ class Trainer:
         """Whether a checkpoint holds a distributed optimizer in the form that only its own layout can load."""
         names = read_metadata(whole_iteration(self.checkpoints, iteration)).state_dict_metadata
         return any("optimizer.distributed.dp_group_idx" in name for name in names)
-
-    def _newest_whole_checkpoint(self) -> int:
-        """The newest iteration of which every byte is there; a damaged one is passed over with a warning."""
-        newest = latest_iteration(self.checkpoints)
-        candidates = [newest, *(n for n in reversed(_iterations(self.checkpoints)) if n < newest)]
-        for number, iteration in enumerate(candidates):
-            try:
-                whole_iteration(self.checkpoints, iteration)
-            except OISDError as error:
-                if number == len(candidates) - 1:
-                    raise
-                if self.rank == 0:
-                    warnings.warn(f"{error}; going back to an earlier checkpoint", stacklevel=2)
-            else:
-                return iteration
-        raise AssertionError("a run has at least one candidate")
-
-
-def _iterations(directory: Path) -> list[int]:
-    """Numbers of the checkpoints in a directory, ascending."""
-    names = (path.name.removeprefix("iter_") for path in directory.glob("iter_*"))
-    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def _rollout_metrics(experience: Experience) -> dict[str, float]:
