@@ -83,6 +83,8 @@ def save_model(
     digests: dict[str, str] | None = {} if manifest else None
     assert not manifest or dist.get_world_size() == 1
     state = model_state(chunks)
+    for model in state.values():
+        _add_empty_extra_states(model)
     clash = sorted({*state, "args", "iteration", "checkpoint_version"} & set(extra_state or {}))
     assert not clash, f"extra_state may not contain {clash}"
     state |= {"iteration": iteration, "checkpoint_version": 3.0, "args": _megatron_args(chunks, arguments)}
@@ -238,7 +240,28 @@ def stored_dtype(directory: str | Path, iteration: int | None = None) -> torch.d
     )
 
 
+def _add_empty_extra_states(state: dict[str, Any]) -> None:
+    """Transformer Engine's norms ask a checkpoint for their fp8 state, which is empty where they have none.
+
+    (Its linear layers do too; Megatron's own linear layers, with which checkpoints are made here, save it for them.)
+    """
+    from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+
+    for name, weight in list(state.items()):
+        extra = name.removesuffix("weight") + "_extra_state"
+        if isinstance(weight, ShardedTensor) and weight.key.endswith("norm.weight") and extra not in state:
+            layers = weight.prepend_axis_num
+            state[extra] = ShardedObject(
+                weight.key.removesuffix("weight") + "_extra_state",
+                torch.empty(0, dtype=torch.uint8),
+                weight.global_shape[:layers] or (1,),
+                weight.global_offset[:layers] or (0,),
+                weight.replica_id,
+            )
+
+
 def _megatron_args(chunks: list[nn.Module], arguments: ModelArguments) -> argparse.Namespace:
+    """What Megatron-LM reads beside the tensors: for its checks, and for ``--use-checkpoint-args``."""
     config: Any = unwrap(chunks[0]).config
     return argparse.Namespace(
         **arguments.megatron_args(),
@@ -248,6 +271,23 @@ def _megatron_args(chunks: list[nn.Module], arguments: ModelArguments) -> argpar
         padded_vocab_size=arguments.padded_vocab_size(config.tensor_model_parallel_size),
         params_dtype=config.params_dtype,
         ckpt_format="torch_dist",
+        # Neither is here in the form in which Megatron-LM saves them, so that it must not look for them.
+        no_save_optim=True,
+        no_save_rng=True,
+        # Its defaults are GPT-2's; what all our families have in common instead.
+        group_query_attention=arguments.num_query_groups != arguments.num_attention_heads,
+        position_embedding_type="rope",
+        rotary_percent=1.0,
+        rotary_interleaved=False,
+        normalization="RMSNorm",
+        norm_epsilon=arguments.layernorm_epsilon,
+        apply_layernorm_1p=False,
+        swiglu=True,
+        squared_relu=False,
+        add_bias_linear=False,
+        apply_query_key_layer_scaling=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
     )
 
 

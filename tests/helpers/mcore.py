@@ -249,6 +249,13 @@ def sharded(chunks: list[nn.Module]) -> Iterator[tuple[Any, Tensor]]:
                 yield value, value.data
 
 
+def place(shard: Any) -> tuple[Any, ...]:
+    """Where a ShardedTensor's part lies in the whole tensor; releases after 0.19 have no method for it."""
+    leading, offsets = shard.global_offset[: shard.prepend_axis_num], shard.global_offset[shard.prepend_axis_num :]
+    parts = zip(offsets, shard.local_shape, strict=True)
+    return (*leading, *(slice(offset, offset + size) for offset, size in parts))
+
+
 @cache
 def _whole(key: str, shape: tuple[int, ...]) -> Tensor:
     generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
@@ -268,7 +275,7 @@ def fill(chunks: list[nn.Module], rounded: torch.dtype | None = None) -> None:
                 value[:VOCAB] = _whole(shard.key, (VOCAB, *shape[1:]))
             else:
                 value = _whole(shard.key, shape)
-            part = value[shard.global_slice()]
+            part = value[place(shard)]
             tensor.copy_(part if rounded is None else part.to(rounded))
 
 
@@ -283,7 +290,7 @@ def pieces(chunks: list[nn.Module]) -> list[Piece]:
                 gradient = getattr(parameter, "main_grad", parameter.grad)
                 value = torch.zeros_like(parameter) if gradient is None or not parameter.requires_grad else gradient
                 parameter.data = value.detach().double()
-    return [(s.key, s.global_slice(), tuple(s.global_shape), t.detach().clone()) for s, t in sharded(chunks)]
+    return [(s.key, place(s), tuple(s.global_shape), t.detach().clone()) for s, t in sharded(chunks)]
 
 
 def assemble(ranks: list[list[Piece]]) -> tuple[dict[str, Tensor], float]:
@@ -600,6 +607,21 @@ class DenseLosses:
         positions = sampled_key_positions(t - first, self.oisd.attn_window, self.oisd.attn_global_keys)
         return [first + position for position in positions]
 
+    @property
+    def loss_tokens(self) -> float:
+        """What the sum of the policy loss is divided by."""
+        return float(self.batch.mask.sum())
+
+    def log_probs(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """``[s]`` log-probability of each target under the policy; ``logits`` has the padding's columns too."""
+        return logits[:, :VOCAB].log_softmax(-1).gather(-1, targets.unsqueeze(1)).squeeze(1)
+
+    def policy_loss(self, row: int, log_probs: Tensor, advantage: Tensor) -> Tensor:
+        """``[s]`` loss of each prediction of a sequence."""
+        from megatron_oisd.losses import reference as ref
+
+        return ref.policy_loss(log_probs, self.batch.old_log_probs[row].double(), advantage, 0.2, 0.2, 10.0)
+
     def backward(self) -> dict[str, float]:
         from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 
@@ -623,10 +645,10 @@ class DenseLosses:
                 final = self._lens(self.kept["hidden", 4][:, 0]).detach()
             else:
                 final = output[0, :, :VOCAB]
-                log_probs = final.log_softmax(-1).gather(-1, targets[0].unsqueeze(1)).squeeze(1)
-            per_token = ref.policy_loss(log_probs, batch.old_log_probs[i].double(), advantage, 0.2, 0.2, 10.0)[where]
+                log_probs = self.log_probs(output[0], targets[0])
+            per_token = self.policy_loss(i, log_probs, advantage)[where]
             # A microbatch of one sequence: its token mean, averaged over microbatches.
-            policy = per_token.sum() / total_tokens if self.layout.per_token_loss else per_token.mean() / count
+            policy = per_token.sum() / self.loss_tokens if self.layout.per_token_loss else per_token.mean() / count
             share = len(where) / total_tokens if oisd.aggregation == "token" else 1.0 / count
             values["loss"] += per_token.sum().item()
             total = policy
