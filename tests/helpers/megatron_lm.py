@@ -46,8 +46,8 @@ TRAINING = words("""
     --bf16 --micro-batch-size 1 --global-batch-size 8 --train-iters 3 --lr 1e-3 --min-lr 1e-3 --lr-decay-style constant
     --lr-decay-iters 100 --weight-decay 0 --clip-grad 1.0 --optimizer adam --accumulate-allreduce-grads-in-fp32
     --calculate-per-token-loss --perform-rl-step --grpo-prompts-per-step 4 --grpo-group-size 2 --grpo-iterations 1
-    --grpo-kl-beta 0.01 --langrl-env-config none --rl-skip-bos-token --mock-data --no-create-attention-mask-in-dataloader
-    --eval-iters 0 --eval-interval 1000 --log-interval 1 --seed 7 --ckpt-format torch_dist
+    --grpo-kl-beta 0.01 --langrl-env-config none --rl-skip-bos-token --mock-data --eval-iters 0 --eval-interval 1000
+    --no-create-attention-mask-in-dataloader --log-interval 1 --seed 7 --ckpt-format torch_dist
     --spec tests.helpers.megatron_lm_spec layer_spec
 """)
 """Three updates of 8 rollouts each, as the examples of Megatron-LM's RL write them."""
