@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 from megatron_oisd.errors import command_line
@@ -10,7 +11,7 @@ from megatron_oisd.errors import command_line
 @command_line
 def main(argv: list[str] | None = None) -> int:
     """Parse, build, train."""
-    from megatron_oisd.rl.config import parse_arguments
+    from megatron_oisd.rl.arguments import parse_arguments
 
     config, oisd_config = parse_arguments(argv)  # before the heavy imports: a wrong flag is reported at once
 
@@ -19,7 +20,10 @@ def main(argv: list[str] | None = None) -> int:
     from megatron_oisd.runtime import distributed
 
     trainer = Trainer(config, oisd_config)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # outside the run: launchers ask more than once, also while it leaves
     finished = trainer.run()
+    if not finished:
+        distributed.barrier()  # a launcher stops the others when the first one leaves with a code that is not 0
     distributed.shutdown()
     if not finished:
         print(f"asked to stop after step {trainer.step}: go on with --resume", file=sys.stderr)

@@ -6,11 +6,15 @@ import contextlib
 import importlib.util
 import io
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_oisd.rl.metrics_log import read_metrics
+from tests.helpers.checkpoints import make_hf_checkpoint
 from tests.helpers.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,6 +49,19 @@ def make_workspace(folder: Path) -> Path:
     return folder
 
 
+def make_experts_workspace(workspace: Path, folder: Path) -> Path:
+    """The same with four experts in three of four layers, of Qwen3-MoE."""
+    make_hf_checkpoint(
+        folder / "hf", tied=False, family="Qwen3Moe", vocab_size=384, max_position_embeddings=512, mlp_only_layers=[1],
+        norm_topk_prob=False, output_router_logits=True, router_aux_loss_coef=0.5,
+    )  # fmt: skip
+    for path in [*(workspace / "hf").glob("*token*"), workspace / "hf" / "chat_template.jinja"]:
+        shutil.copy(path, folder / "hf")
+    shutil.copy(workspace / "train.jsonl", folder)
+    run_ranks(1, _convert, folder / "hf", folder / "mcore")
+    return folder
+
+
 def _convert(source: Path, target: Path) -> None:
     from megatron_oisd.convert.hf_to_mcore import convert_hf_to_mcore
 
@@ -60,12 +77,16 @@ def training_arguments(workspace: Path, output: Path, **changes: Any) -> list[st
     return result
 
 
-def run_training(arguments: list[str]) -> tuple[int, str]:
-    """The command on this rank: its exit code and what it said on stderr."""
+def add_parity_reward() -> None:
+    """A random model never answers right; this rule gives it rewards of both kinds."""
     from megatron_oisd.rl.rewards import REWARDS
 
-    # A random model never answers right; this rule gives it rewards of both kinds.
     REWARDS["parity"] = lambda response, truth: float(len(response) % 2)
+
+
+def run_training(arguments: list[str]) -> tuple[int, str]:
+    """The command on this rank: its exit code and what it said on stderr."""
+    add_parity_reward()
     text = io.StringIO()
     with contextlib.redirect_stderr(text):
         code = load_script("tools/train_rl.py").main(arguments)
@@ -76,3 +97,22 @@ def read_lines(output: Path) -> list[dict[str, Any]]:
     """Every step's metrics without what depends on the clock."""
     clock = ("time", "timing_s/", "perf/throughput")
     return [{k: v for k, v in line.items() if not k.startswith(clock)} for line in read_metrics(output)]
+
+
+def read_weights(checkpoints: Path, target: Path) -> dict[str, Any]:
+    """The newest weights in a Megatron checkpoint directory under HF names, read through the converter."""
+    from safetensors.torch import load_file
+
+    run_ranks(1, _export, checkpoints, target)
+    return {name: tensor for path in target.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def _export(checkpoints: Path, target: Path) -> None:
+    from megatron_oisd.convert.mcore_to_hf import convert_mcore_to_hf
+
+    convert_mcore_to_hf(checkpoints, target, progress=False)
+
+
+def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []

@@ -15,14 +15,21 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-import torch
 
+from megatron_oisd.convert.manifest import MANIFEST
 from megatron_oisd.rl.preemption import REQUEUE_EXIT_CODE
 from tests.helpers.ranks import kill_ranks, run_ranks
-from tests.helpers.training import ROOT, read_lines, run_training, training_arguments
+from tests.helpers.training import (
+    ROOT,
+    assert_same_weights,
+    load_script,
+    read_lines,
+    read_weights,
+    run_training,
+    training_arguments,
+)
 
 KILLS = 20
 
@@ -30,25 +37,6 @@ KILLS = 20
 def _train(arguments: list[str], world_size: int = 2) -> None:
     for code, text in run_ranks(world_size, run_training, arguments):
         assert code == 0, text
-
-
-def _export(checkpoints: Path, target: Path) -> None:
-    from megatron_oisd.convert.mcore_to_hf import convert_mcore_to_hf
-
-    convert_mcore_to_hf(checkpoints, target, progress=False)
-
-
-def _weights(output: Path, target: Path) -> dict[str, torch.Tensor]:
-    """The final weights of a run, read through the converter."""
-    from safetensors.torch import load_file
-
-    run_ranks(1, _export, output / "checkpoints", target)
-    return {name: tensor for path in target.glob("*.safetensors") for name, tensor in load_file(path).items()}
-
-
-def _assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
 def test_twenty_sigkills_lose_nothing(workspace, tmp_path):
@@ -71,7 +59,9 @@ def test_twenty_sigkills_lose_nothing(workspace, tmp_path):
     assert [line["step"] for line in whole] == list(range(1, 25))
     assert killed == whole
     assert max(line["rollout/rounds"] for line in whole) == 2
-    _assert_same_weights(_weights(tmp_path / "whole", tmp_path / "a"), _weights(tmp_path / "killed", tmp_path / "b"))
+    assert_same_weights(
+        *(read_weights(tmp_path / name / "checkpoints", tmp_path / f"{name} hf") for name in ("whole", "killed"))
+    )
     assert list((tmp_path / "killed" / "rollout_state").iterdir()) == []
 
 
@@ -89,7 +79,9 @@ def test_a_run_goes_on_at_another_layout(workspace, tmp_path, distributed_optimi
         assert mine["critic/rewards/mean"] == theirs["critic/rewards/mean"]
         for name in ("actor/loss", "actor/grad_norm", "actor/entropy", "oisd/think/layer_2", "oisd/attn/layer_2"):
             assert theirs[name] == pytest.approx(mine[name], rel=2e-3, abs=2e-5), (mine["step"], name)
-    one_weights, other_weights = _weights(whole, tmp_path / "a"), _weights(moved, tmp_path / "b")
+    one_weights, other_weights = (
+        read_weights(run / "checkpoints", tmp_path / f"{run.name} hf") for run in (whole, moved)
+    )
     # In norm: Adam moves an element whose gradient is nearly 0 by a full step in a direction that rounding decides.
     norms = {name: weights.norm().item() for name, weights in one_weights.items()}
     worst = max((one_weights[name] - other_weights[name]).norm().item() / norms[name] for name in norms)
@@ -105,7 +97,7 @@ def test_an_optimizer_saved_for_one_layout_loads_there_only(workspace, tmp_path)
         2, run_training, training_arguments(workspace, tmp_path / "parts", **common | elsewhere)
     ):
         assert code == 2
-        assert "TP 1 x PP 2" in text or "cannot be loaded" in text
+        assert "was saved at TP 1 x PP 2 for that layout only" in text
     _train(training_arguments(workspace, tmp_path / "parts", num_steps=4, resume=True, **common))
     assert read_lines(tmp_path / "parts") == read_lines(tmp_path / "whole")
 
@@ -134,6 +126,33 @@ def test_a_run_that_is_asked_to_leave_checkpoints_and_goes_on(workspace, tmp_pat
     _train(training_arguments(workspace, output, resume=True, **steps), world_size=1)
     _train(training_arguments(workspace, tmp_path / "whole", **steps), world_size=1)
     assert read_lines(output) == read_lines(tmp_path / "whole")
+
+
+def test_checkpoints_have_manifests_that_resuming_does_not_need(workspace, tmp_path, capsys):
+    """Every rank's files are in it, the tool reads them against it, and a run goes on without."""
+    _train(training_arguments(workspace, tmp_path, num_steps=2, save_interval=1, use_distributed_optimizer=True))
+    checkpoints, verify = tmp_path / "checkpoints", load_script("tools/verify_checkpoint.py").main
+    for number in (1, 2):
+        directory = checkpoints / f"iter_{number:07d}"
+        files = sorted(path.name for path in directory.iterdir() if path.name != MANIFEST)
+        assert {"__0_0.distcp", "__1_0.distcp", ".metadata"} <= set(files)
+        assert sorted(json.loads((directory / MANIFEST).read_text())["files"]) == files
+        assert verify(["--mcore", str(checkpoints), "--iteration", str(number)]) == 0
+        assert f"{directory}: all {len(files)} files are as written" in capsys.readouterr().out
+    stored = checkpoints / "iter_0000002" / "__1_0.distcp"
+    data = bytearray(stored.read_bytes())
+    data[len(data) // 2] ^= 1
+    stored.write_bytes(data)
+    assert verify(["--mcore", str(checkpoints)]) == 2
+    assert f"{stored} is damaged or was changed" in capsys.readouterr().err
+    data[len(data) // 2] ^= 1
+    stored.write_bytes(data)
+    manifests = list(checkpoints.rglob(MANIFEST))
+    assert len(manifests) == 3  # two iterations and hf/
+    for path in manifests:
+        path.unlink()
+    _train(training_arguments(workspace, tmp_path, num_steps=3, resume=True, use_distributed_optimizer=True))
+    assert [line["step"] for line in read_lines(tmp_path)] == [1, 2, 3]
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(workspace, tmp_path):
