@@ -1,4 +1,5 @@
-"""Converted checkpoints in Megatron-LM's own hands: ``--load``, ``--pretrained-checkpoint``, ``--use-checkpoint-args``.
+"""Our converted checkpoints in Megatron-LM's own hands: ``--load``, ``--pretrained-checkpoint``,
+``--use-checkpoint-args``.
 
 Megatron-LM's builder makes the model, its ``load_checkpoint`` fills it, at layouts that the checkpoint was not written
 with; logits are compared with HF's. It does not prove the same with Transformer Engine, whose layers need a GPU; what
@@ -16,54 +17,19 @@ from torch import Tensor
 
 from megatron_oisd.convert.hf_to_mcore import convert_hf_to_mcore
 from tests.helpers.checkpoints import TOKENS, VOCAB, make_hf_checkpoint
-from tests.helpers.megatron_lm import ON_CPU, call, why_not_run
+from tests.helpers.megatron_lm import ON_CPU, call, why_not_run, words
 from tests.helpers.megatron_lm_load import load_and_run
 from tests.helpers.ranks import run_ranks
 
-SHAPE = [
-    "--num-layers",
-    "4",
-    "--hidden-size",
-    "64",
-    "--ffn-hidden-size",
-    "96",
-    "--num-attention-heads",
-    "4",
-    "--group-query-attention",
-    "--num-query-groups",
-    "2",
-    "--kv-channels",
-    "32",
-    "--max-position-embeddings",
-    "128",
-    "--normalization",
-    "RMSNorm",
-    "--position-embedding-type",
-    "rope",
-    "--rotary-base",
-    "20000",
-    "--swiglu",
-    "--disable-bias-linear",
-    "--attention-dropout",
-    "0",
-    "--hidden-dropout",
-    "0",
-]
+SHAPE = words("""
+    --num-layers 4 --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 4 --group-query-attention
+    --num-query-groups 2 --kv-channels 32 --max-position-embeddings 128 --normalization RMSNorm
+    --position-embedding-type rope --rotary-base 20000 --swiglu --disable-bias-linear --attention-dropout 0
+    --hidden-dropout 0
+""")
 """The shape of the tiny models, as a user without ``--use-checkpoint-args`` writes it."""
 
-ALWAYS = [
-    "--seq-length",
-    "16",
-    "--micro-batch-size",
-    "1",
-    "--train-iters",
-    "1",
-    "--lr",
-    "1e-3",
-    "--norm-epsilon",
-    "1e-6",
-    "--tokenizer-type",
-]
+ALWAYS = words("--seq-length 16 --micro-batch-size 1 --train-iters 1 --lr 1e-3 --norm-epsilon 1e-6 --tokenizer-type")
 """What a checkpoint does not bring along."""
 
 FAMILIES: dict[str, tuple[dict[str, Any], list[str]]] = {

@@ -21,109 +21,35 @@ from megatron_oisd.integrations.megatron_lm import CHECKOUT
 
 ROOT = Path(__file__).resolve().parents[2]
 
-MODEL = [
-    "--num-layers",
-    "4",
-    "--hidden-size",
-    "64",
-    "--ffn-hidden-size",
-    "96",
-    "--num-attention-heads",
-    "4",
-    "--group-query-attention",
-    "--num-query-groups",
-    "2",
-    "--kv-channels",
-    "32",
-    "--seq-length",
-    "32",
-    "--max-position-embeddings",
-    "128",
-    "--normalization",
-    "RMSNorm",
-    "--norm-epsilon",
-    "1e-6",
-    "--qk-layernorm",
-    "--position-embedding-type",
-    "rope",
-    "--rotary-base",
-    "10000",
-    "--swiglu",
-    "--disable-bias-linear",
-    "--attention-dropout",
-    "0",
-    "--hidden-dropout",
-    "0",
-    "--untie-embeddings-and-output-weights",
-]
+
+def words(text: str) -> list[str]:
+    """Arguments as they stand in a shell."""
+    return text.split()
+
+
+MODEL = words("""
+    --num-layers 4 --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 4 --group-query-attention
+    --num-query-groups 2 --kv-channels 32 --seq-length 32 --max-position-embeddings 128 --normalization RMSNorm
+    --norm-epsilon 1e-6 --qk-layernorm --position-embedding-type rope --rotary-base 10000 --swiglu
+    --disable-bias-linear --attention-dropout 0 --hidden-dropout 0 --untie-embeddings-and-output-weights
+""")
 """A tiny Qwen3-like model in Megatron-LM's arguments; the model of ``tests/helpers/mcore.py``."""
 
-ON_CPU = [
-    "--distributed-backend",
-    "gloo",
-    "--transformer-impl",
-    "local",
-    "--no-masked-softmax-fusion",
-    "--no-bias-swiglu-fusion",
-    "--no-bias-dropout-fusion",
-    "--no-gradient-accumulation-fusion",
-    "--no-rope-fusion",
-    "--no-persist-layer-norm",
-    "--use-cpu-initialization",
-    "--attention-softmax-in-fp32",
-]
+ON_CPU = words("""
+    --distributed-backend gloo --transformer-impl local --no-masked-softmax-fusion --no-bias-swiglu-fusion
+    --no-bias-dropout-fusion --no-gradient-accumulation-fusion --no-rope-fusion --no-persist-layer-norm
+    --use-cpu-initialization --attention-softmax-in-fp32
+""")
 """What a machine without CUDA and Transformer Engine needs."""
 
-TRAINING = [
-    "--bf16",
-    "--micro-batch-size",
-    "1",
-    "--global-batch-size",
-    "8",
-    "--train-iters",
-    "3",
-    "--lr",
-    "1e-3",
-    "--min-lr",
-    "1e-3",
-    "--lr-decay-style",
-    "constant",
-    "--weight-decay",
-    "0",
-    "--clip-grad",
-    "1.0",
-    "--optimizer",
-    "adam",
-    "--accumulate-allreduce-grads-in-fp32",
-    "--calculate-per-token-loss",
-    "--perform-rl-step",
-    "--grpo-prompts-per-step",
-    "4",
-    "--grpo-group-size",
-    "2",
-    "--grpo-iterations",
-    "1",
-    "--grpo-kl-beta",
-    "0.01",
-    "--langrl-env-config",
-    "none",
-    "--rl-skip-bos-token",
-    "--mock-data",
-    "--no-create-attention-mask-in-dataloader",
-    "--eval-iters",
-    "0",
-    "--eval-interval",
-    "1000",
-    "--log-interval",
-    "1",
-    "--seed",
-    "7",
-    "--ckpt-format",
-    "torch_dist",
-    "--spec",
-    "tests.helpers.megatron_lm_spec",
-    "layer_spec",
-]
+TRAINING = words("""
+    --bf16 --micro-batch-size 1 --global-batch-size 8 --train-iters 3 --lr 1e-3 --min-lr 1e-3 --lr-decay-style constant
+    --lr-decay-iters 100 --weight-decay 0 --clip-grad 1.0 --optimizer adam --accumulate-allreduce-grads-in-fp32
+    --calculate-per-token-loss --perform-rl-step --grpo-prompts-per-step 4 --grpo-group-size 2 --grpo-iterations 1
+    --grpo-kl-beta 0.01 --langrl-env-config none --rl-skip-bos-token --mock-data --eval-iters 0 --eval-interval 1000
+    --no-create-attention-mask-in-dataloader --log-interval 1 --seed 7 --ckpt-format torch_dist
+    --spec tests.helpers.megatron_lm_spec layer_spec
+""")
 """Three updates of 8 rollouts each, as the examples of Megatron-LM's RL write them."""
 
 
@@ -218,11 +144,12 @@ def call(
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
-def make_tokenizer(folder: Path) -> Path:
-    """A tokenizer whose pad token is not token 0, which Megatron-LM takes for none."""
+def make_tokenizer(folder: Path) -> list[str]:
+    """The arguments that name a tokenizer, made in ``folder``, whose pad token is not token 0: Megatron-LM takes that
+    one for none."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
     core = Tokenizer(models.WordLevel({f"w{i}": i for i in range(150)}, unk_token="w0"))
     PreTrainedTokenizerFast(tokenizer_object=core, eos_token="w1", pad_token="w2").save_pretrained(folder)
-    return folder
+    return ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(folder)]

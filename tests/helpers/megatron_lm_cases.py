@@ -8,6 +8,7 @@ writes Megatron-LM's policy loss anew.
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -138,6 +139,23 @@ def initialise(arguments: list[str]) -> None:
     if hasattr(megatron_arguments, "parse_and_validate_args"):
         megatron_arguments.parse_and_validate_args()
     training.initialize_megatron()
+
+
+def parse_for_8_ranks(arguments: list[str]) -> dict[str, Any]:
+    """Megatron-LM's parsing and checks, and ours, as the first of 8 ranks; what they make of some arguments."""
+    from megatron.training import arguments as megatron_arguments
+
+    from megatron_oisd.integrations.megatron_lm import check_arguments, install
+
+    os.environ["WORLD_SIZE"] = "8"
+    loop = install()
+    sys.argv = ["train_rl.py", *arguments]
+    args = megatron_arguments.parse_args()
+    megatron_arguments.validate_args(args, {})
+    check_arguments(args)
+    names = ("data_parallel_size", "micro_batch_size", "rl_use_sequence_packing", "tokenizer_model")
+    found = {name: getattr(args, name) for name in (*names, "pretrained_checkpoint")}
+    return found | {"layers": loop.config.layers}
 
 
 def run_cases(arguments: list[str], cases: list[Case]) -> list[Outcome]:

@@ -102,5 +102,15 @@ def main(mode: str, arguments: list[str]) -> int:
     return launcher["main"](arguments)
 
 
+def leave(code: int) -> None:
+    """End the process; gloo's threads, which Megatron-LM leaves running, have crashed it on its way out."""
+    from torch import distributed
+
+    if code == 0 and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], sys.argv[2:]))
+    leave(main(sys.argv[1], sys.argv[2:]))

@@ -1,4 +1,4 @@
-"""For ``--spec tests.helpers.megatron_lm_spec layer_spec``: packed sequences without Transformer Engine."""
+"""The spec of ``--spec tests.helpers.megatron_lm_spec layer_spec``: packed sequences without Transformer Engine."""
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 

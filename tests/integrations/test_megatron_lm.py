@@ -1,19 +1,18 @@
 """Megatron-LM's ``train_rl.py`` with OISD.
 
 The first part needs nothing. The second reads the sources of the checkout that MEGATRON_LM_PATH names: what is wrapped
-is still there and still called so. The third runs that checkout on a CPU: the update on several layouts against a dense
-float64 reference, and the whole program, from its command line to its checkpoints, with made-up rollouts.
+is still there and still called so. The third runs that checkout's update on a CPU, on several layouts, and compares
+loss and every gradient with a dense float64 reference. The whole program is run by ``test_megatron_lm_program.py``.
 
-Not proved: anything on a GPU, Transformer Engine's attention, rollouts by Megatron's engine with OISD attached.
+Not proved: anything on a GPU, Transformer Engine's attention, rollouts by Megatron's inference engine with OISD
+attached.
 """
 
 from __future__ import annotations
 
 import ast
-import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,7 +41,6 @@ from tests.helpers.megatron_lm import (
     checkout,
     make_tokenizer,
     needs_checkout,
-    run_script,
     why_not_run,
 )
 from tests.helpers.megatron_lm_cases import Case, run_cases, run_reference
@@ -246,15 +244,12 @@ def test_graphs_are_off_in_updates() -> None:
 
 # ------------------------------------------------------------------------------------------------ on a CPU
 
-can_run = pytest.mark.skipif("bool(why_not_run())", reason="see why_not_run()")
-
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     if why_not_run():
         pytest.skip(why_not_run())
-    folder = make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-    return ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(folder)]
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 # Megatron-LM's own recomputation of two layers at once, the student in the middle of a chunk.
@@ -298,7 +293,6 @@ GROUPS: dict[str, list[Case]] = {
 }  # fmt: skip
 
 
-@can_run
 @pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS)
 def test_updates_equal_the_reference(group: str, tokenizer: list[str], tmp_path: Path) -> None:
@@ -334,162 +328,3 @@ def _reference(case: Case) -> Any:
         (outcome,) = run_ranks(1, run_reference, case)
         _known[case.key] = outcome, assemble([outcome.gradients])[0]
     return _known[case.key]
-
-
-# ------------------------------------------------------------------------------------------------ the whole program
-
-PIPELINE = ["--pipeline-model-parallel-size", "2", "--rl-use-sequence-packing", "--save-interval", "3"]
-OISD = ["--oisd-layers", "2", "--oisd-lambda-think", "20", "--oisd-lambda-attn", "20"]
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run of the program left."""
-
-    folder: Path
-    lines: list[dict[str, str]]
-    """The console's line of each update, by what it names; without what depends on the clock."""
-
-    @property
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything of tensors in its checkpoint, optimizer state included."""
-        return read_tensors(next((self.folder / "checkpoints").glob("iter_*")))
-
-
-@pytest.fixture(scope="module")
-def program(tokenizer: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
-    """Run the program; each command once."""
-    known: dict[tuple[str, ...], Run] = {}
-
-    def run(mode: str, *arguments: str, world: int = 2) -> Run:
-        if (mode, *arguments) not in known:
-            folder = tmp_path_factory.mktemp("run")
-            own = ["--save", str(folder / "checkpoints"), "--tensorboard-dir", str(folder / "tensorboard")]
-            code, log = run_script(
-                world, [mode, *MODEL, *ON_CPU, *TRAINING, *tokenizer, *own, *arguments], folder / "log"
-            )
-            assert code == 0, log[-6000:]
-            known[mode, *arguments] = Run(folder, read_lines(log))
-        return known[mode, *arguments]
-
-    return run
-
-
-def read_lines(log: str) -> list[dict[str, str]]:
-    """Megatron-LM's console lines."""
-    lines = []
-    for line in re.findall(r"iteration +\d+/ +\d+ \|(.*)", log):
-        parts = (part.partition(":") for part in line.split(" | "))
-        values = {name.strip(" |"): value.strip(" |") for name, _, value in parts}
-        lines.append({n: v for n, v in values.items() if "time" not in n and "toks" not in n and "oisd_wait" not in n})
-    return lines
-
-
-def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    from torch.distributed import checkpoint
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-    stored = checkpoint.FileSystemReader(directory).read_metadata().state_dict_metadata
-    state = {
-        name: torch.full(entry.size, torch.nan, dtype=entry.properties.dtype)
-        for name, entry in stored.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-    checkpoint.load(state, checkpoint_id=directory, no_dist=True)
-    return state
-
-
-@can_run
-@pytest.mark.slow
-def test_lambda_0_is_train_rl(program: Callable[..., Run]) -> None:
-    """Three updates: the console's numbers and every tensor of the checkpoint, bit for bit."""
-    plain = program("plain", *PIPELINE)
-    off = program("oisd", *PIPELINE, "--oisd-layers", "2", "--oisd-lambda-think", "0", "--oisd-lambda-attn", "0")
-    assert len(plain.lines) == 3
-    assert off.lines == plain.lines
-    expected, found = plain.tensors, off.tensors
-    assert any("exp_avg_sq" in name for name in expected)
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
-
-
-@can_run
-@pytest.mark.slow
-def test_train_rl_with_oisd(program: Callable[..., Run]) -> None:
-    plain, oisd = program("plain", *PIPELINE), program("oisd", *PIPELINE, *OISD)
-    assert len(oisd.lines) == 3
-    for line in oisd.lines:
-        assert 0 < float(line["oisd/js/layer_2"]) < math.log(2)
-        assert 0 < float(line["oisd/attn_js/layer_2"]) < math.log(2)
-    # The same rollouts and weights at first: what the first update starts from is the same, its gradient is not.
-    assert oisd.lines[0]["rl/entropy_term"] == plain.lines[0]["rl/entropy_term"]
-    assert oisd.lines[0]["grad norm"] != plain.lines[0]["grad norm"]
-    expected, found = plain.tensors, oisd.tensors
-    assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in expected.items()}
-    assert not torch.equal(
-        found["decoder.layers.mlp.linear_fc2.weight"], expected["decoder.layers.mlp.linear_fc2.weight"]
-    )
-    assert all(tensor.isfinite().all() for tensor in found.values() if tensor.is_floating_point())
-
-
-@can_run
-@pytest.mark.slow
-def test_metrics_are_where_megatron_lm_writes_its_own(program: Callable[..., Run]) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    run = program("oisd", *PIPELINE, *OISD)
-    events = EventAccumulator(str(run.folder / "tensorboard"))
-    events.Reload()
-    for name in (
-        *("oisd/think", "oisd/attn", "oisd/js/layer_2", "oisd/attn_js/layer_2", "oisd/think_weight/layer_2"),
-        *("oisd/transport/teacher_bytes", "timing_s/oisd_wait", "oisd/js/layer_2 vs samples", "rl/kl_term"),
-    ):
-        values = events.Scalars(name)
-        assert len(values) == 3, name
-        assert all(math.isfinite(value.value) for value in values), name
-    assert [value.step for value in events.Scalars("oisd/js/layer_2")] == [1, 2, 3]
-
-
-@can_run
-@pytest.mark.slow
-def test_layouts_train_alike(program: Callable[..., Run]) -> None:
-    """In bf16, with rollouts packed or not: one process against two stages."""
-    two = program("oisd", *PIPELINE, *OISD)
-    one = program("oisd", *OISD, world=1)
-    for index, tolerance in ((0, 1e-3), (2, 0.05)):  # later updates start from weights rounded to bf16 each time
-        for name in ("oisd/js/layer_2", "oisd/attn_js/layer_2", "grad norm"):
-            assert float(two.lines[index][name]) == pytest.approx(float(one.lines[index][name]), rel=tolerance), name
-
-
-@can_run
-@pytest.mark.slow
-def test_a_run_goes_on_with_and_without_oisd(program: Callable[..., Run]) -> None:
-    """Its checkpoint is one of train_rl.py, which reads it, optimizer and all."""
-    first = program("oisd", *PIPELINE, *OISD)
-    further = [*PIPELINE, "--load", str(first.folder / "checkpoints"), "--train-iters", "6"]
-    for mode, arguments in (("oisd", OISD), ("plain", [])):
-        lines = program(mode, *further, *arguments).lines
-        assert len(lines) == 3
-        assert lines[0]["consumed samples"] == "32"
-        assert ("oisd/js/layer_2" in lines[0]) == (mode == "oisd")
-
-
-@can_run
-@pytest.mark.slow
-def test_the_distributed_optimizer_with_overlap(program: Callable[..., Run]) -> None:
-    overlap = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
-    apart, together = (program("oisd", *OISD, "--rl-use-sequence-packing", *more) for more in ([], overlap))
-    for one, other in zip(apart.lines, together.lines, strict=True):
-        for name in ("oisd/js/layer_2", "oisd/attn_js/layer_2", "grad norm"):
-            assert float(other[name]) == pytest.approx(float(one[name]), rel=1e-3), name
-
-
-@can_run
-@pytest.mark.slow
-def test_a_refusal_is_one_line(tokenizer: list[str], tmp_path: Path) -> None:
-    arguments = [*MODEL, *ON_CPU, *TRAINING, *tokenizer, *OISD, "--micro-batch-size", "2"]
-    code, log = run_script(1, ["oisd", *arguments], tmp_path / "log")
-    assert code != 0
-    assert "error: --micro-batch-size is 2: train_rl.py gives the model packed sequences in one row" in log
-    assert "OISDError" not in log.partition("error: --micro")[0]
