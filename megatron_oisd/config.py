@@ -41,6 +41,14 @@ class OISDConfig:
     """Temperature tau of both the student's and the teacher's distribution."""
     advantage_clip: float = field(default=1.0, metadata={"help": "advantages are clipped to [-c, c]; inf: no clipping"})
     """c in ``w_t = clip(A_t, -c, c)``."""
+    advantage_weighting: Literal["signed", "absolute", "none"] = field(
+        default="signed",
+        metadata={
+            "help": "weight of a token: signed (OISD), absolute (always pulls), none (1 for every token)",
+            "choices": ("signed", "absolute", "none"),
+        },
+    )
+    """Whether a bad rollout pushes the student away from the teacher. All but ``signed`` are for comparison."""
     attn_window: int = field(default=32, metadata={"help": "newest keys compared for each query"})
     """Number of newest causal keys (the query's own position included) in a query's sampled key set."""
     attn_global_keys: int = field(default=32, metadata={"help": "equally spaced older keys compared for each query"})

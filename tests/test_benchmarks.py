@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from benchmarks import attention, contenders, harness, losses, overhead, topk_error, transport, updates
+from benchmarks import attention, contenders, harness, losses, overhead, step, topk_error, transport, updates
 
 ROOT = Path(__file__).resolve().parents[1]
 NUMBER = 250_000  # one tensor of a megabyte
@@ -227,3 +227,15 @@ def test_operations_of_an_update_are_those_that_pytorch_counts():
     half = 3 * 2 * shape.layers * shape.length * shape.heads * shape.head_dim * shape.length * shape.microbatches
     assert grpo == pytest.approx(shape.flops() + half, rel=1e-3)
     assert added == pytest.approx(shape.lens_flops(1), rel=1e-6)
+
+
+def test_a_step_is_split_into_its_phases(workspace, tmp_path):
+    (tmp_path / "quickstart" / "data").mkdir(parents=True)
+    (tmp_path / "quickstart" / "mcore").symlink_to(workspace / "mcore")
+    (tmp_path / "quickstart" / "data" / "train.jsonl").symlink_to(workspace / "train.jsonl")
+    flags = ["--variant", "padded", "--variant", "token budget", "--steps", "1", "--rounds", "1"]
+    step.main(["--quickstart", str(tmp_path / "quickstart"), "--out", str(tmp_path), *flags])
+    first, second = [json.loads(line) for line in (tmp_path / "step-cpu.jsonl").read_text().splitlines()][1:]
+    assert (first["variant"], first["ratio"], second["variant"]) == ("padded", 1.0, "token budget")
+    for row in (first, second):
+        assert 0 < sum(row[phase] for phase in step.PHASES[:-1]) <= row["step"]

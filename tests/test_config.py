@@ -21,6 +21,7 @@ DEFAULTS = {
     "--oisd-lambda-attn": 0.1,
     "--oisd-temperature": 1.0,
     "--oisd-advantage-clip": 1.0,
+    "--oisd-advantage-weighting": "signed",
     "--oisd-attn-window": 32,
     "--oisd-attn-global-keys": 32,
     "--oisd-attn-queries": 128,
@@ -131,7 +132,7 @@ def test_every_field_goes_through_the_command_line_and_back():
     config = OISDConfig(
         layers=(6, 12), lambda_think=0.5, lambda_attn=0.25, temperature=2.0, advantage_clip=math.inf, attn_window=3,
         attn_global_keys=0, attn_queries=7, head_gradient=False, aggregation="token", seed=-5, chunk_tokens=99,
-        teacher_payload="topk", teacher_topk=17,
+        teacher_payload="topk", teacher_topk=17, advantage_weighting="none",
     )  # fmt: skip
     assert all(getattr(config, f.name) != f.default for f in dataclasses.fields(config)), "every value off its default"
     words = []

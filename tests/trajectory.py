@@ -117,6 +117,7 @@ def on_layout(layout: Layout, steps: int = STEPS, sabotage: str = "") -> Traject
 
     from megatron_oisd.pipeline import oisd as attaching
     from megatron_oisd.pipeline.lens import Lens
+    from megatron_oisd.runtime.model import taken
 
     with parallel_world(layout):
         training = start(layout, batch_of(0))
@@ -130,7 +131,7 @@ def on_layout(layout: Layout, steps: int = STEPS, sabotage: str = "") -> Traject
             optimizer="adam", lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, clip_grad=CLIP, adam_beta1=0.9,
             adam_beta2=0.999, adam_eps=1e-8,
             use_distributed_optimizer=bool(dict(layout.ddp).get("use_distributed_optimizer")),
-            overlap_param_gather=bool(dict(layout.ddp).get("overlap_param_gather")),
+            **taken(OptimizerConfig, overlap_param_gather=bool(dict(layout.ddp).get("overlap_param_gather"))),
             bf16=layout.dtype is torch.bfloat16, fp16=layout.dtype is torch.float16, initial_loss_scale=2.0**8,
         )  # fmt: skip
         optimizer = get_megatron_optimizer(options, training.chunks)

@@ -16,6 +16,7 @@ from megatron_oisd.errors import command_line
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line and convert."""
+    common.hide_megatrons_warnings()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mcore", type=Path, required=True, help="Megatron checkpoint directory, with its hf/")
     parser.add_argument("--iteration", type=int, help="which one; default: the latest")
@@ -24,9 +25,10 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     dtype, prompts = common.dtype_of(options), common.prompts_of(options)
     if options.dry_run:
-        common.print_plan(
-            plan_mcore_to_hf(options.mcore, options.output, iteration=options.iteration, force=options.force)
+        plan, writer = plan_mcore_to_hf(
+            options.mcore, options.output, iteration=options.iteration, dtype=dtype, force=options.force
         )
+        common.print_plan(plan, writer)
         return
     report = convert_mcore_to_hf(
         options.mcore,

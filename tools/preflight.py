@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def read_flags(flags: list[str]) -> tuple[TrainConfig | None, Any, list[str]]:
     """The trainer's configuration and that of OISD, or the problem with the flags."""
-    from megatron_oisd.rl.config import parse_arguments as parse_flags
+    from megatron_oisd.rl.arguments import parse_arguments as parse_flags
 
     try:
         return (*parse_flags(flags), [])

@@ -29,6 +29,19 @@ from megatron_oisd.rl.rollout.vllm_engine import (
 from megatron_oisd.rl.rollout.vllm_server import MODEL_NAME
 
 
+def follow_trainer(arguments: argparse.Namespace) -> None:
+    """Take over what engine and trainer must agree on."""
+    from megatron_oisd.convert.checkpoint import HF_DIRECTORY
+    from megatron_oisd.rl.arguments import parse_arguments
+
+    config, _ = parse_arguments(arguments.trainer_flags)
+    arguments.model = Path(config.load) / HF_DIRECTORY
+    arguments.dtype = "bfloat16" if config.bf16 else "float32"
+    arguments.sleep = config.rollout_sleep
+    for name in ("temperature", "top_p", "seed"):
+        setattr(arguments, name, getattr(config, name))
+
+
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Become vLLM's server."""
@@ -37,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--model", required=True, type=Path, help="directory with the HF config.json of the policy")
+    parser.add_argument("--model", type=Path, help="directory with the HF config.json of the policy")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument(
@@ -48,7 +61,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9, help="share of the GPU's memory")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sleep", action="store_true", help="let the trainer free the GPU between rollouts")
+    parser.add_argument(
+        "--trainer-flags", nargs=argparse.REMAINDER, metavar="FLAG",
+        help="last: the trainer's own flags, from which model, dtype, temperature, top_p, seed and sleep are taken",
+    )  # fmt: skip
     arguments, further = parser.parse_known_args(argv)  # what is not ours is vLLM's, e.g. --tensor-parallel-size
+    if arguments.trainer_flags is not None:
+        follow_trainer(arguments)
+    if arguments.model is None:
+        raise OISDError("--model is missing: give the directory of the policy, or --trainer-flags")
     if importlib.util.find_spec("vllm") is None:
         raise OISDError(f"vLLM is not installed: {INSTALL}")
     if not (arguments.model / "config.json").is_file():

@@ -11,7 +11,7 @@ from megatron_oisd.errors import command_line
 @command_line
 def main(argv: list[str] | None = None) -> int:
     """Parse, build, train."""
-    from megatron_oisd.rl.config import parse_arguments
+    from megatron_oisd.rl.arguments import parse_arguments
 
     config, oisd_config = parse_arguments(argv)  # before the heavy imports: a wrong flag is reported at once
 

@@ -20,6 +20,7 @@ from megatron_oisd.errors import OISDError, command_line
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line and compare."""
+    common.hide_megatrons_warnings()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hf", type=Path, help="HF directory")
     parser.add_argument("--mcore", type=Path, help="Megatron checkpoint directory")

@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 
 from megatron_oisd.errors import OISDError, command_line
-from megatron_oisd.rl.config import parse_arguments
+from megatron_oisd.rl.arguments import parse_arguments
 from megatron_oisd.runtime.distributed import check_world_size
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +39,7 @@ RECIPE = {
     "--prompts-per-step": "32",
     "--mini-batch-prompts": "16",
     "--samples-per-prompt": "8",
-    "--micro-batch-size": "32",
+    "--max-tokens-per-microbatch": "4096",
     "--max-prompt-tokens": "128",
     "--max-response-tokens": "40",
     "--lr": "3e-4",
@@ -47,7 +47,7 @@ RECIPE = {
     "--save-interval": "30",
 }
 
-SMOKE = {"--num-steps": "2", "--prompts-per-step": "4", "--mini-batch-prompts": "2", "--micro-batch-size": "8"}
+SMOKE = {"--num-steps": "2", "--prompts-per-step": "4", "--mini-batch-prompts": "2"}
 SMOKE_MODEL = [
     "--max-steps",
     "4",

@@ -39,7 +39,7 @@ take_flags() {
     FLAGS=("$@")
     OUTPUT=$(option output "${FLAGS[@]}")
     if [[ -z $OUTPUT ]]; then
-        echo "error: --output is missing: expected a run directory on a file system that all nodes see" >&2
+        echo "error: --output is missing on the command line: expected a run directory that all nodes see" >&2
         exit $REFUSED
     fi
     if [[ -n ${OISD_SWEEP:-} ]]; then  # submit.sh sweep: one line of flags for each array task
@@ -88,9 +88,12 @@ watch_time_limit() {
     trap - USR1 TERM
     local end
     end=$(date -d "$(squeue --noheader --jobs "$JOB" --format %e)" +%s 2>/dev/null) || return 0
-    local left=$((end - $(date +%s) - 20))
-    sleep $((left > 0 ? left : 0))
-    [[ -z $STEP_PID ]] || kill -KILL "$STEP_PID" 2>/dev/null
+    while (($(date +%s) < end - 20)); do
+        sleep 1
+        kill -0 $$ 2>/dev/null || return 0  # the job is over
+    done
+    # Only a child of the batch script: the number may be another process's by now.
+    [[ -z $STEP_PID || $(ps -o ppid= -p "$STEP_PID" | tr -d ' ') != "$$" ]] || kill -KILL "$STEP_PID"
 }
 
 find_nodes() {
@@ -200,18 +203,10 @@ start_servers() {
         urls+=("http://$(address "$node"):$((OISD_ROLLOUT_PORT + index))")
     done
     FLAGS+=(--rollout-engine vllm_server --rollout-urls "$(join "${urls[@]}")")
-    # Engine and trainer must agree on these.
-    local flags=(--model "$(option load "${FLAGS[@]}")/hf" --dtype float32)
-    has_flag bf16 "${FLAGS[@]}" && flags+=(--dtype bfloat16)
-    has_flag rollout-sleep "${FLAGS[@]}" && flags+=(--sleep)
-    local name value
-    for name in temperature top-p seed; do
-        value=$(option $name "${FLAGS[@]}")
-        [[ -z $value ]] || flags+=("--$name" "$value")
-    done
+    local flags=()
     ((OISD_ROLLOUT_TP > 1)) && flags+=(--tensor-parallel-size "$OISD_ROLLOUT_TP")
     # shellcheck disable=SC2206
-    flags+=($OISD_ROLLOUT_FLAGS)
+    flags+=($OISD_ROLLOUT_FLAGS --trainer-flags "${FLAGS[@]}")  # model and precision are the trainer's
     OISD_TASKS_PER_NODE=$per_node start_step servers "${SERVER_NODES[@]}" -- serve "${flags[@]}"
     [[ -n $OISD_DRY_RUN ]] && return 0
     SERVERS_PID=$STEP_PID

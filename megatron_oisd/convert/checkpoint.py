@@ -32,8 +32,8 @@ from megatron_oisd.convert.hf_files import common_dtype, copy_hf_files, read_hf_
 from megatron_oisd.convert.manifest import check_sizes, write_manifest
 from megatron_oisd.convert.output import INCOMPLETE, LATEST, brief, replace_directory, sync_directory, write_text
 from megatron_oisd.convert.safe_pickle import METADATA, read_metadata
-from megatron_oisd.convert.safetensors_io import read_json
-from megatron_oisd.convert.torch_dist import MODEL_PREFIXES, streaming_strategy
+from megatron_oisd.convert.safetensors_io import DTYPES, read_json
+from megatron_oisd.convert.torch_dist import DEFAULT_KEYS, MODEL_PREFIXES, KeyStyle, sharded_state, streaming_strategy
 from megatron_oisd.convert.weights import unwrap
 from megatron_oisd.errors import OISDError
 from megatron_oisd.runtime.model import ModelArguments
@@ -51,6 +51,7 @@ def save_model(
     extra_state: dict[str, Any] | None = None,
     materialise: Callable[[Tensor], Tensor] | None = None,
     manifest: bool = False,
+    style: KeyStyle = DEFAULT_KEYS,
 ) -> Path:
     """Write ``DIR/iter_NNNNNNN`` and make it the latest; a collective over all ranks.
 
@@ -67,7 +68,9 @@ def save_model(
         extra_state: merged into the saved state: sharded optimizer state, or plain values equal on all ranks.
         materialise: gives the data of parameters on the ``meta`` device when they are written, see
             :mod:`megatron_oisd.convert.torch_dist`.
-        manifest: write ``manifest.json`` with the sha256 of every file; for a single rank.
+        manifest: write ``manifest.json`` with the sha256 of every file, which each rank takes of its own while it
+            writes them; nothing that loads needs it.
+        style: names of the parameters in the checkpoint.
 
     Returns:
         The directory of the iteration.
@@ -81,8 +84,9 @@ def save_model(
     target = directory / iteration_name(iteration)
     work = directory / f".{target.name}{INCOMPLETE}"
     digests: dict[str, str] | None = {} if manifest else None
-    assert not manifest or dist.get_world_size() == 1
-    state = model_state(chunks)
+    state = model_state(chunks, style)
+    for model in state.values():
+        _add_empty_extra_states(model)
     clash = sorted({*state, "args", "iteration", "checkpoint_version"} & set(extra_state or {}))
     assert not clash, f"extra_state may not contain {clash}"
     state |= {"iteration": iteration, "checkpoint_version": 3.0, "args": _megatron_args(chunks, arguments)}
@@ -97,7 +101,7 @@ def save_model(
 
     def publish() -> None:
         if manifest:
-            write_manifest(work, digests=digests)
+            write_manifest(work, digests={name: digest for found in of_ranks for name, digest in found.items()})
             if hf_source is not None:
                 write_manifest(directory / HF_DIRECTORY)
         sync_directory(work)
@@ -113,6 +117,9 @@ def save_model(
             f"cannot write checkpoint {target}",
             "check the free space and that all ranks see this file system",
         )
+        of_ranks: list[dict[str, str]] = [{}] * dist.get_world_size()
+        if digests is not None:
+            dist.all_gather_object(of_ranks, digests)
         _on_rank_0(publish, f"cannot write checkpoint {target}")
     except BaseException:
         if dist.get_rank() == 0:
@@ -150,7 +157,7 @@ def load_model(
 
     directory = Path(directory)
     path = _collectively(lambda: whole_iteration(directory, iteration), f"cannot read checkpoint {directory}", "")
-    template = model_state(chunks)
+    template = model_state(chunks, KeyStyle.of(model_tensors(path)))
     names = list(template)
     template |= extra_state or {}
     # Transformer Engine's extra state (fp8 statistics) is absent from checkpoints written without it, and the reverse.
@@ -176,11 +183,11 @@ def load_model(
     return state
 
 
-def model_state(chunks: list[nn.Module]) -> dict[str, Any]:
+def model_state(chunks: list[nn.Module], style: KeyStyle = DEFAULT_KEYS) -> dict[str, Any]:
     """Return the chunks' sharded state dicts under Megatron-LM's keys: ``model``, or ``model0``, ``model1`` for VPP."""
     if len(chunks) == 1:
-        return {"model": unwrap(chunks[0]).sharded_state_dict()}
-    return {f"model{i}": unwrap(chunk).sharded_state_dict() for i, chunk in enumerate(chunks)}
+        return {"model": sharded_state(unwrap(chunks[0]), style)}
+    return {f"model{i}": sharded_state(unwrap(chunk), style) for i, chunk in enumerate(chunks)}
 
 
 def iteration_name(iteration: int) -> str:
@@ -226,28 +233,84 @@ def read_arguments(directory: str | Path) -> ModelArguments:
 
 def stored_dtype(directory: str | Path, iteration: int | None = None) -> torch.dtype:
     """Return the dtype of the stored model weights: the common one, or float32 where they differ."""
+    stored = model_tensors(whole_iteration(directory, iteration))
+    return common_dtype({entry.properties.dtype for entry in stored.values()})
+
+
+def model_tensors(iteration_directory: Path) -> dict[str, Any]:
+    """What the metadata of an iteration says of the model's tensors, by key.
+
+    Raises:
+        OISDError: there is no readable metadata, or a tensor is no weight's.
+    """
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    metadata = read_metadata(whole_iteration(directory, iteration))
-    return common_dtype(
-        {
-            entry.properties.dtype
-            for name, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata) and name.startswith(MODEL_PREFIXES)
-        }
-    )
+    entries = read_metadata(iteration_directory).state_dict_metadata
+    found = {
+        name: entry
+        for name, entry in entries.items()
+        if isinstance(entry, TensorStorageMetadata) and name.startswith(MODEL_PREFIXES)
+    }
+    for name, entry in found.items():
+        if entry.properties.dtype not in DTYPES.values():
+            dtype = str(entry.properties.dtype).removeprefix("torch.")
+            raise OISDError(
+                f"checkpoint {iteration_directory} stores {name} as {dtype}, expected one of {', '.join(DTYPES)}: "
+                f"quantised weights cannot be trained, use those before quantisation"
+            )
+    return found
+
+
+def _add_empty_extra_states(state: dict[str, Any]) -> None:
+    """Transformer Engine's norms ask a checkpoint for their fp8 state, which is empty where they have none.
+
+    (Its linear layers do too; Megatron's own linear layers, with which checkpoints are made here, save it for them.)
+    """
+    from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+
+    for name, weight in list(state.items()):
+        extra = name.removesuffix("weight") + "_extra_state"
+        if isinstance(weight, ShardedTensor) and weight.key.endswith("norm.weight") and extra not in state:
+            layers = weight.prepend_axis_num
+            state[extra] = ShardedObject(
+                weight.key.removesuffix("weight") + "_extra_state",
+                torch.empty(0, dtype=torch.uint8),
+                weight.global_shape[:layers] or (1,),
+                weight.global_offset[:layers] or (0,),
+                weight.replica_id,
+            )
 
 
 def _megatron_args(chunks: list[nn.Module], arguments: ModelArguments) -> argparse.Namespace:
+    """What Megatron-LM reads beside the tensors: for its checks, ``--use-checkpoint-args`` and to know what is here."""
     config: Any = unwrap(chunks[0]).config
     return argparse.Namespace(
         **arguments.megatron_args(),
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
+        expert_model_parallel_size=config.expert_model_parallel_size,
+        expert_tensor_parallel_size=config.expert_tensor_parallel_size,
         padded_vocab_size=arguments.padded_vocab_size(config.tensor_model_parallel_size),
         params_dtype=config.params_dtype,
         ckpt_format="torch_dist",
+        # Neither is here in the form in which Megatron-LM saves them, so that it must not look for them.
+        no_save_optim=True,
+        no_save_rng=True,
+        # Its defaults are GPT-2's; what all our families have in common instead.
+        group_query_attention=arguments.num_query_groups != arguments.num_attention_heads,
+        position_embedding_type="rope",
+        rotary_percent=1.0,
+        rotary_interleaved=False,
+        normalization="RMSNorm",
+        norm_epsilon=arguments.layernorm_epsilon,
+        apply_layernorm_1p=False,
+        swiglu=True,
+        squared_relu=False,
+        add_bias_linear=False,
+        apply_query_key_layer_scaling=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
     )
 
 

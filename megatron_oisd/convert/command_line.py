@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
 
 import torch
 
 from megatron_oisd.convert.plan import Plan
 from megatron_oisd.convert.report import MEMORY_FACTOR, Prompts, Report
+from megatron_oisd.convert.safetensors_io import ShardedWriter
 from megatron_oisd.errors import OISDError
 
 _VERIFY = f"""what to compare before the output appears. tensors: every tensor, bit by bit, one in memory at a time.
@@ -58,9 +60,14 @@ def prompts_of(options: argparse.Namespace) -> Prompts | None:
     return prompts or None
 
 
-def print_plan(plan: Plan) -> None:
+def hide_megatrons_warnings() -> None:
+    """Leave out what Megatron-Core says when it is imported: which GPU packages are missing, a page long."""
+    warnings.filterwarnings("ignore", module=r"megatron\.core\.")
+
+
+def print_plan(plan: Plan, writer: ShardedWriter | None = None) -> None:
     """Print a plan, and that it was no more than that."""
-    sys.stdout.writelines(f"{line}\n" for line in plan.lines())
+    sys.stdout.writelines(f"{line}\n" for line in plan.lines(writer))
     print("dry run: nothing was written")
 
 

@@ -1,16 +1,18 @@
 """Reads checkpoints that hold the experts of a layer fused, ``[experts, ...]``, as if they were stored one by one.
 
-transformers 5 holds experts so in memory. On disk it splits them, unless asked not to (``save_original_format=False``).
+transformers 5 holds experts so in memory, for which :func:`split_views` gives the single ones. On disk it splits them,
+unless asked not to (``save_original_format=False``).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor
 
-from megatron_oisd.convert.families import dimensions, expand, numbered
-from megatron_oisd.convert.rules import Fused
+from megatron_oisd.convert.families import FAMILIES, dimensions, expand, numbered
+from megatron_oisd.convert.rules import EXPERT, LAYER, Fused, Source
 from megatron_oisd.errors import OISDError
 from megatron_oisd.runtime.model import ModelArguments
 
@@ -28,6 +30,38 @@ def unfused_names(names: Iterable[str], arguments: ModelArguments) -> set[str]:
     given = set(names)
     places = _places(arguments, given) if arguments.num_experts else {}
     return (given - {place[0] for place in places.values()}) | set(places)
+
+
+def split_views(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a model in memory, with views of the single experts in the place of fused ones.
+
+    A view shares its memory with the model: what is copied into it is in the model.
+    """
+    found: dict[str, Tensor] = {}
+    sources = _fused_sources()
+    for name, tensor in tensors.items():
+        number = re.search(r"(?<=\.layers\.)\d+(?=\.)", name)
+        pattern = f"{name[: number.start()]}{LAYER}{name[number.end() :]}" if number else name
+        if pattern not in sources:
+            found[name] = tensor
+            continue
+        layer = int(number[0]) if number else None
+        for expert, whole in enumerate(tensor):
+            for source, what in sources[pattern]:
+                rows = len(whole) // what.parts
+                single = numbered(source.name, layer).replace(EXPERT, str(expert))
+                found[single] = whole.narrow(0, what.part * rows, rows)
+    return found
+
+
+def _fused_sources() -> dict[str, list[tuple[Source, Fused]]]:
+    """What every fused tensor of the families is in single form, by its name with the placeholder."""
+    found: dict[str, list[tuple[Source, Fused]]] = {}
+    for rule in {rule.megatron: rule for family in FAMILIES.values() for rule in family.rules}.values():
+        for source in rule.hf:
+            if source.fused is not None:
+                found.setdefault(source.fused.name, []).append((source, source.fused))
+    return found
 
 
 def _places(arguments: ModelArguments, names: set[str]) -> dict[str, _Place]:

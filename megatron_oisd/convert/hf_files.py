@@ -49,10 +49,9 @@ def read_hf_config(directory: str | Path) -> dict[str, Any]:
         ) from None
     if not isinstance(config, dict):
         raise OISDError(f"{path} holds no JSON object: download the model again")
-    blocks = 1  # bounded before anybody makes a list of that length
-    for key in ("num_hidden_layers", "num_experts"):
-        count = config.get(key)
-        blocks *= count if isinstance(count, int) and count > 1 else 1
+    counts = {key: config.get(key) for key in ("num_hidden_layers", "num_experts", "num_local_experts")}
+    layers, *experts = (count if isinstance(count, int) and count > 1 else 1 for count in counts.values())
+    blocks = layers * max(experts)  # bounded before anybody makes a list of that length
     if blocks > MAX_BLOCKS:
         raise OISDError(
             f"{path} describes {blocks} layers and experts, expected at most {MAX_BLOCKS}: it is no model's"

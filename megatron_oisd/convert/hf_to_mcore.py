@@ -15,7 +15,7 @@ from megatron_oisd.convert.hf_files import SafetensorsDirectory, read_hf_config,
 from megatron_oisd.convert.output import check_target, new_directory
 from megatron_oisd.convert.plan import Plan
 from megatron_oisd.convert.report import Prompts, Report, Verify, verify_pair
-from megatron_oisd.convert.torch_dist import materialiser
+from megatron_oisd.convert.torch_dist import KeyStyle, materialiser
 from megatron_oisd.convert.verify import single_process
 from megatron_oisd.errors import OISDError
 from megatron_oisd.runtime.model import ModelArguments
@@ -30,6 +30,7 @@ def convert_hf_to_mcore(
     prompts: Prompts | None = None,
     progress: bool = True,
     force: bool = False,
+    local_experts: bool = False,
 ) -> Report:
     """Convert an HF checkpoint into a Megatron checkpoint of iteration 0, loadable at any TP/PP layout.
 
@@ -45,6 +46,8 @@ def convert_hf_to_mcore(
         prompts: what to compare the logits on.
         progress: show progress bars.
         force: replace ``target`` where it is a checkpoint.
+        local_experts: name the norms before experts as Megatron's local spec does, see
+            :class:`~megatron_oisd.convert.torch_dist.KeyStyle`; this package reads both.
 
     Raises:
         OISDError: the source is unsupported, incomplete or damaged, the target cannot be written, or the result
@@ -52,7 +55,7 @@ def convert_hf_to_mcore(
     """
     arguments, tensors, dtype = _checked_source(source, dtype)
     with new_directory(target, inputs=[source], force=force) as work, single_process():
-        plan = Plan(arguments, dtype)
+        plan = Plan(arguments, dtype, style=KeyStyle(local_experts=local_experts))
         make = materialiser(plan.from_hf(tensors))
         with tqdm(total=plan.nbytes, desc="writing", unit="B", unit_scale=True, disable=not progress) as bar:
 
@@ -60,7 +63,10 @@ def convert_hf_to_mcore(
                 bar.update(view.numel() * view.dtype.itemsize)
                 return make(view)
 
-            save_model([plan.model], work, 0, arguments, hf_source=source, materialise=materialise, manifest=True)
+            save_model(
+                [plan.model], work, 0, arguments, hf_source=source, materialise=materialise, manifest=True,
+                style=plan.style,
+            )  # fmt: skip
         report = verify_pair(
             source, work, verify=verify, prompts=prompts, round_to=dtype, progress=progress, names=(source, target)
         )
@@ -72,13 +78,18 @@ def convert_hf_to_mcore(
 
 
 def plan_hf_to_mcore(
-    source: str | Path, target: str | Path, *, dtype: torch.dtype | None = None, force: bool = False
+    source: str | Path,
+    target: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    force: bool = False,
+    local_experts: bool = False,
 ) -> Plan:
     """Check all that :func:`convert_hf_to_mcore` checks beforehand and return its plan; writes nothing."""
     arguments, _, dtype = _checked_source(source, dtype)
     check_target(target, inputs=[source], force=force)
     with single_process():
-        return Plan(arguments, dtype)
+        return Plan(arguments, dtype, style=KeyStyle(local_experts=local_experts))
 
 
 def _checked_source(

@@ -29,7 +29,7 @@ _BLOCK = 4 * 2**20
 class HashingStream:
     """A binary file that is only appended to, with the sha256 of all that went through it.
 
-    A second thread hashes and writes one block while the next one is filled.
+    One thread hashes a block and another one writes it while the next block is filled.
 
     Args:
         raw: the file.
@@ -39,10 +39,10 @@ class HashingStream:
     def __init__(self, raw: IO[bytes], *, hashed: bool = True) -> None:
         self._raw, self._position = raw, 0
         self._digest = hashlib.sha256() if hashed else None
-        self._worker = ThreadPoolExecutor(1)
+        self._workers = ThreadPoolExecutor(2)
         self._filling, self._other = memoryview(bytearray(_BLOCK)), memoryview(bytearray(_BLOCK))
         self._filled = 0
-        self._underway: Future[None] | None = None
+        self._underway: list[Future[Any]] = []
 
     def write(self, data: Any) -> int:
         """Append bytes, or anything with a buffer of bytes; the caller may change it afterwards."""
@@ -74,21 +74,23 @@ class HashingStream:
         return self._digest.hexdigest() if self._digest else ""
 
     def close(self) -> None:
-        """End the second thread; the file stays open."""
-        self._worker.shutdown()
+        """End the threads; the file stays open."""
+        self._workers.shutdown()
 
     def _hand_over(self) -> None:
         self._wait()
-        self._underway = self._worker.submit(self._put, self._filling[: self._filled])
+        block = self._filling[: self._filled]
+        self._underway = [self._workers.submit(self._put, block)]
+        if self._digest:
+            self._underway.append(self._workers.submit(self._digest.update, block))
         self._filling, self._other, self._filled = self._other, self._filling, 0
 
     def _wait(self) -> None:
-        if self._underway is not None:
-            self._underway.result()
+        for part in self._underway:
+            part.result()
+        self._underway = []
 
     def _put(self, block: memoryview) -> None:
-        if self._digest:
-            self._digest.update(block)
         self._raw.write(block)
 
 

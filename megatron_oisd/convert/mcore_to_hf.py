@@ -8,16 +8,17 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from megatron_oisd.convert.checkpoint import HF_DIRECTORY, read_arguments, stored_dtype, whole_iteration
+from megatron_oisd.convert.checkpoint import HF_DIRECTORY, model_tensors, read_arguments, stored_dtype, whole_iteration
 from megatron_oisd.convert.hf_files import copy_hf_files, read_hf_config
 from megatron_oisd.convert.manifest import write_manifest
 from megatron_oisd.convert.output import check_target, new_directory, sync_directory
 from megatron_oisd.convert.plan import Plan
 from megatron_oisd.convert.report import Prompts, Report, Verify, verify_pair
 from megatron_oisd.convert.safetensors_io import ShardedWriter
-from megatron_oisd.convert.torch_dist import ParameterReader
+from megatron_oisd.convert.torch_dist import KeyStyle, ParameterReader
 from megatron_oisd.convert.verify import single_process
 from megatron_oisd.errors import OISDError
+from megatron_oisd.runtime.model import ModelArguments
 
 SHARD_BYTES = 5 * 10**9
 """Largest safetensors file written; a bigger model becomes shards with an index."""
@@ -55,12 +56,11 @@ def convert_mcore_to_hf(
             is no target.
     """
     source = Path(source)
-    arguments = read_arguments(source)
-    stored = stored_dtype(source, iteration)
+    arguments, stored, directory = _checked_source(source, iteration)
     dtype = dtype or stored
     with new_directory(target, inputs=[source], force=force) as work, single_process():
         plan = Plan(arguments, stored)
-        reader = ParameterReader(whole_iteration(source, iteration), plan.model)
+        reader = ParameterReader(directory, plan.model)
         copy_hf_files(source / HF_DIRECTORY, work)
         _write_config_dtype(work, dtype)
         shapes = plan.hf_shapes
@@ -88,15 +88,37 @@ def convert_mcore_to_hf(
 
 
 def plan_mcore_to_hf(
-    source: str | Path, target: str | Path, *, iteration: int | None = None, force: bool = False
-) -> Plan:
-    """Check all that :func:`convert_mcore_to_hf` checks beforehand and return its plan; writes nothing."""
-    arguments, stored = read_arguments(source), stored_dtype(source, iteration)
-    check_target(target, inputs=[source], force=force)
+    source: str | Path,
+    target: str | Path,
+    *,
+    iteration: int | None = None,
+    dtype: torch.dtype | None = None,
+    force: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> tuple[Plan, ShardedWriter]:
+    """Check all that :func:`convert_mcore_to_hf` checks beforehand; writes nothing.
+
+    Returns:
+        Its plan, and what would write the files.
+    """
+    arguments, stored, directory = _checked_source(source, iteration)
+    target = check_target(target, inputs=[source], force=force)
     with single_process():
-        plan = Plan(arguments, stored)
-        ParameterReader(whole_iteration(source, iteration), plan.model)
-        return plan
+        plan = Plan(arguments, stored, style=KeyStyle.of(model_tensors(directory)))
+        ParameterReader(directory, plan.model)
+        return plan, ShardedWriter(target, plan.hf_shapes, dtype or stored, shard_bytes)
+
+
+def _checked_source(source: str | Path, iteration: int | None) -> tuple[ModelArguments, torch.dtype, Path]:
+    """Shape, stored dtype and directory of an iteration."""
+    arguments, directory = read_arguments(source), whole_iteration(source, iteration)
+    pieces = sum(len(entry.chunks) for entry in model_tensors(directory).values())
+    if arguments.num_layers > pieces:  # before a model of absurd length is built
+        raise OISDError(
+            f"{source}/{HF_DIRECTORY}/config.json says {arguments.num_layers} layers, and {directory} has {pieces} "
+            f"pieces of tensors: it is another model's"
+        )
+    return arguments, stored_dtype(source, iteration), directory
 
 
 def _write_config_dtype(directory: Path, dtype: torch.dtype) -> None:

@@ -6,6 +6,7 @@ in the checkpoint. It is made from shapes alone, see :func:`megatron_oisd.conver
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,16 @@ from torch import Tensor, nn
 
 from megatron_oisd.convert.families import dimensions, expand, numbered
 from megatron_oisd.convert.fused import unfused
-from megatron_oisd.convert.torch_dist import ParameterReader, describe_place, pieces_of, shapes_only_model, storage_id
+from megatron_oisd.convert.safetensors_io import ShardedWriter
+from megatron_oisd.convert.torch_dist import (
+    DEFAULT_KEYS,
+    KeyStyle,
+    ParameterReader,
+    describe_place,
+    pieces_of,
+    shapes_only_model,
+    storage_id,
+)
 from megatron_oisd.convert.weights import assemble, checked, cut, local_parameters
 from megatron_oisd.runtime.model import ModelArguments
 
@@ -59,12 +69,19 @@ class Plan:
     Args:
         arguments: the model's shape.
         dtype: of the Megatron checkpoint's weights.
+        style: of its keys.
     """
 
-    def __init__(self, arguments: ModelArguments, dtype: torch.dtype) -> None:
-        self.arguments, self.dtype = arguments, dtype
+    def __init__(
+        self,
+        arguments: ModelArguments,
+        dtype: torch.dtype,
+        *,
+        style: KeyStyle = DEFAULT_KEYS,
+    ) -> None:
+        self.arguments, self.dtype, self.style = arguments, dtype, style
         self.model = shapes_only_model(arguments, dtype)
-        sizes, pieces = dimensions(arguments), pieces_of(self.model)
+        sizes, pieces = dimensions(arguments), pieces_of(self.model, style)
         local = {(entry.rule.megatron[0], entry.layer): entry for entry in local_parameters([self.model], arguments)}
         self.parameters: list[PlannedParameter] = []
         for rule, layer in expand(arguments):
@@ -106,17 +123,37 @@ class Plan:
         """Estimate what a conversion holds at once, above the interpreter: a parameter, its parts and one piece."""
         return max(3 * entry.nbytes for entry in self.parameters)
 
-    def lines(self) -> Iterator[str]:
-        """Describe every parameter and the totals, for people."""
+    def lines(self, writer: ShardedWriter | None = None) -> Iterator[str]:
+        """Describe every parameter, the files and the totals, for people.
+
+        Args:
+            writer: of the HF checkpoint, for the way there; None for the way to Megatron.
+        """
+        dtype, sizes = _name(self.dtype), self.hf_shapes
         for entry in self.parameters:
-            shape = "x".join(map(str, entry.parameter.shape))
-            dtype = str(entry.parameter.dtype).removeprefix("torch.")
-            yield f"{' + '.join(entry.hf)} -> {entry.place}  {entry.rule.layout} {shape} {dtype} {entry.nbytes} bytes"
+            hf, shape = " + ".join(entry.hf), "x".join(map(str, entry.parameter.shape))
+            what = f"{entry.rule.layout} {shape} {dtype}"
+            if writer is None:
+                yield f"{hf} -> {entry.place}  {what} {entry.nbytes} bytes"
+            else:
+                size = sum(map(math.prod, entry.hf.values())) * writer.dtype.itemsize
+                yield f"{entry.place} -> {hf}  {what} -> {_name(writer.dtype)} {size} bytes"
+        weights, nbytes = self.numel, self.nbytes
+        if writer is not None:
+            dtype, weights = _name(writer.dtype), sum(map(math.prod, sizes.values()))
+            nbytes = weights * writer.dtype.itemsize
+            for file, tensors in writer.files.items():
+                size = sum(math.prod(sizes[name]) for name in tensors) * writer.dtype.itemsize
+                yield f"{file}: {len(tensors)} tensors, {_size(size)}"
         yield (
-            f"{len(self.hf_shapes)} HF tensors, {len(self.parameters)} Megatron parameters, {self.numel} weights, "
-            f"{_size(self.nbytes)}; largest parameter {_size(max(entry.nbytes for entry in self.parameters))}"
+            f"{len(sizes)} HF tensors, {len(self.parameters)} Megatron parameters, {weights} weights, {_size(nbytes)} "
+            f"in {dtype}; largest parameter {_size(max(entry.nbytes for entry in self.parameters))}"
         )
         yield f"peak memory: about {_size(self.peak_bytes())} and the interpreter's own (0.6 GiB)"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _size(count: int) -> str:

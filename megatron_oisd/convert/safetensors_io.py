@@ -154,7 +154,7 @@ class ShardedWriter:
     def __init__(
         self, directory: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, shard_bytes: int
     ) -> None:
-        self._directory, self._shapes, self._dtype = directory, dict(shapes), dtype
+        self._directory, self._shapes, self.dtype = directory, dict(shapes), dtype
         self._shards: list[list[str]] = []
         filled = 0
         for name, shape in self._shapes.items():
@@ -189,7 +189,7 @@ class ShardedWriter:
                         name, tensor = next(arriving)
                         assert name == expected, f"{name} arrived where {expected} was expected"
                         assert tuple(tensor.shape) == self._shapes[name], f"{name}: {tuple(tensor.shape)}"
-                        data = tensor.detach().to("cpu", self._dtype).contiguous()
+                        data = tensor.detach().to("cpu", self.dtype).contiguous()
                         del tensor
                         if data.numel():
                             stream.write(data.reshape(-1).view(torch.uint8).numpy().data)
@@ -204,8 +204,8 @@ class ShardedWriter:
     def _shard(self, file: str, names: list[str]) -> Iterator[HashingStream]:
         offset, header = 0, {"__metadata__": {"format": "pt"}}
         for name in names:
-            size = math.prod(self._shapes[name]) * self._dtype.itemsize
-            entry: Any = {"dtype": _NAMES[self._dtype], "shape": self._shapes[name]}
+            size = math.prod(self._shapes[name]) * self.dtype.itemsize
+            entry: Any = {"dtype": _NAMES[self.dtype], "shape": self._shapes[name]}
             header[name] = entry | {"data_offsets": (offset, offset + size)}
             offset += size
         text = json.dumps(header, separators=(",", ":")).encode()
@@ -218,7 +218,7 @@ class ShardedWriter:
     def _write_index(self) -> None:
         total = sum(map(math.prod, self._shapes.values()))
         index = {
-            "metadata": {"total_parameters": total, "total_size": total * self._dtype.itemsize},
+            "metadata": {"total_parameters": total, "total_size": total * self.dtype.itemsize},
             "weight_map": {name: file for file, names in self.files.items() for name in names},
         }
         (self._directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

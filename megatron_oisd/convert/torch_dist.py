@@ -13,8 +13,9 @@ At most one parameter, the tensors it is made of and one stored piece are in mem
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +47,55 @@ def storage_id(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def pieces_of(model: nn.Module, *, layer_by_layer: bool = False) -> dict[int, list[Any]]:
+@dataclass(frozen=True)
+class KeyStyle:
+    """How a checkpoint names what is in the layers; Megatron has written all four combinations."""
+
+    layer_by_layer: bool = False
+    """Keys number the layers also where all are alike; otherwise those are slices of one tensor."""
+    local_experts: bool = False
+    """The norm before experts is named as the local spec (``--transformer-impl local``) names it: as if it were fused
+    into a dense MLP. Transformer Engine's spec leaves it a name of its own. In all else they agree."""
+
+    @classmethod
+    def of(cls, keys: Iterable[str]) -> KeyStyle:
+        """Return the style of a checkpoint with these keys."""
+        keys = [key for key in keys if key.startswith("decoder.layers.")]
+        experts = any(".mlp.experts." in key for key in keys)
+        return cls(
+            layer_by_layer=any(key.split(".")[2].isdecimal() for key in keys),
+            local_experts=experts and not any(".pre_mlp_layernorm." in key for key in keys),
+        )
+
+
+DEFAULT_KEYS = KeyStyle()
+"""What this package writes, and Megatron with Transformer Engine."""
+
+
+def sharded_state(model: Any, style: KeyStyle = DEFAULT_KEYS) -> dict[str, Any]:
+    """Return the sharded state dict of a ``GPTModel``, with the keys of a style."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+
+    metadata = {"non_homogeneous_layers": True} if style.layer_by_layer else None
+    state: dict[str, Any] = model.sharded_state_dict(metadata=metadata)
+    if style.local_experts:
+        for entry in nested_values(state):
+            if hasattr(entry, "key"):
+                entry.key = entry.key.replace(".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
+    return state
+
+
+def pieces_of(model: nn.Module, style: KeyStyle = DEFAULT_KEYS) -> dict[int, list[Any]]:
     """Return Megatron's ``ShardedTensor`` descriptors of every parameter, by :func:`storage_id`.
 
     Args:
         model: from :func:`shapes_only_model`.
-        layer_by_layer: with keys that number the layers, as models with unlike layers are saved.
+        style: of the keys.
     """
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-    inner: Any = model
-    state = inner.sharded_state_dict(metadata={"non_homogeneous_layers": True} if layer_by_layer else None)
+    state = sharded_state(model, style)
     apply_factories(state)
     pieces: dict[int, list[Any]] = {}
     for piece in nested_values(state):
@@ -191,19 +229,14 @@ class ParameterReader:
         return whole
 
     def _choose_pieces(self, model: nn.Module) -> dict[int, list[Any]]:
-        """Keys with or without layer numbers, whichever the checkpoint has."""
-        first: dict[int, list[Any]] = {}
-        lacking: list[str] = []
-        for layer_by_layer in (False, True):
-            pieces = pieces_of(model, layer_by_layer=layer_by_layer)
-            absent = sorted({p.key for found in pieces.values() for p in found if p.key not in self._stored})
-            if not absent:
-                return pieces
-            first, lacking = first or pieces, lacking or absent
-        raise OISDError(
-            f"checkpoint {self.directory} lacks {', '.join(lacking[:3])}: it is another model's than its "
-            f"hf/config.json describes"
-        )
+        pieces = pieces_of(model, KeyStyle.of(self._stored))
+        absent = sorted({p.key for found in pieces.values() for p in found if p.key not in self._stored})
+        if absent:
+            raise OISDError(
+                f"checkpoint {self.directory} lacks {', '.join(absent[:3])}: it is another model's than its "
+                f"hf/config.json describes"
+            )
+        return pieces
 
     def _check(self) -> None:
         wanted = {piece.key for found in self._pieces.values() for piece in found}

@@ -270,13 +270,24 @@ def _expert_groups(
 ) -> _Experts:
     if arguments.num_experts is None:
         return _Experts(None, None, 1)
-    own = unwrap(chunks[0]).pg_collection
-    experts = _Experts(ep_group or own.ep, tp_group or own.expt_tp, 1)
+    chunk = unwrap(chunks[0])
+    experts = _Experts(ep_group or _group_of(chunk, "ep"), tp_group or _group_of(chunk, "expt_tp"), 1)
     if arguments.num_experts % experts.ep_size:
         raise OISDError(
             f"EP {experts.ep_size} does not divide the model's {arguments.num_experts} experts: use an EP that does"
         )
     return replace(experts, per_rank=arguments.num_experts // experts.ep_size)
+
+
+def _group_of(chunk: Any, name: str) -> Any:
+    """A process group of the model's; in releases whose models keep none, Megatron's global one."""
+    own = getattr(chunk, "pg_collection", None)
+    if own is not None:
+        return getattr(own, name)
+    from megatron.core import parallel_state
+
+    long = {"tp": "tensor_model", "ep": "expert_model", "expt_tp": "expert_tensor"}[name]
+    return getattr(parallel_state, f"get_{long}_parallel_group")()
 
 
 def unwrap(chunk: nn.Module) -> Any:
@@ -298,7 +309,7 @@ def local_parameters(chunks: list[nn.Module], arguments: ModelArguments) -> list
     ]
     entries = []
     for chunk in map(unwrap, chunks):
-        tp_group: Any = chunk.pg_collection.tp
+        tp_group: Any = _group_of(chunk, "tp")
         tp_size, tp_rank = tp_group.size(), tp_group.rank()
         if arguments.num_query_groups % tp_size:
             raise OISDError(

@@ -1,4 +1,4 @@
-"""Group-normalised advantages (GRPO) and the signed OISD weight made from them."""
+"""Group-normalised advantages (GRPO) and the OISD weight made from them."""
 
 from __future__ import annotations
 
@@ -27,6 +27,13 @@ def group_advantages(rewards: Tensor, *, epsilon: float = 1e-6, normalise_std: b
     return centred / (rewards.std(dim=1, keepdim=True) + epsilon)
 
 
-def signed_weight(advantages: Tensor, clip: float) -> Tensor:
-    """OISD's weight ``w = clip(A, -c, c)``: positive pulls the student to the teacher, negative pushes it away."""
-    return advantages.clamp(-clip, clip)
+def alignment_weight(advantages: Tensor, clip: float, weighting: str = "signed") -> Tensor:
+    """The weight of a token's divergence.
+
+    ``signed``: OISD's ``w = clip(A, -c, c)``, positive pulls the student to the teacher, negative pushes it away.
+    ``absolute``: ``|w|``, which pulls always. ``none``: 1, distillation without regard to the reward.
+    """
+    if weighting == "none":
+        return torch.ones_like(advantages)
+    weight = advantages.clamp(-clip, clip)
+    return weight.abs() if weighting == "absolute" else weight

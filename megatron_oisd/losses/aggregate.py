@@ -16,8 +16,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_oisd.errors import OISDError
-
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 
 
@@ -35,10 +33,10 @@ def token_weights(mask: Tensor, mode: str, *, max_response_tokens: int) -> Tenso
         ``[B, s]`` fp32, 0 outside the mask.
 
     Raises:
-        OISDError: the mode is unknown.
+        ValueError: the mode is unknown.
     """
     if mode not in AGGREGATIONS:
-        raise OISDError(f"loss aggregation {mode!r}: expected one of {', '.join(AGGREGATIONS)}")
+        raise ValueError(f"loss aggregation {mode!r}: expected one of {', '.join(AGGREGATIONS)}")
     lengths = mask.sum(1, keepdim=True).double()
     tokens, sequences = lengths.sum(), (lengths > 0).sum().clamp_min(1)
     by_sequence = {

@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_oisd.errors import OISDError
 from megatron_oisd.losses.numerics import Group, group_size, upcast
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
@@ -193,7 +192,7 @@ def kl_penalty(log_probs: Tensor, reference_log_probs: Tensor, estimator: str = 
     Source: J. Schulman, Approximating KL Divergence (2020); GRPO (Shao et al. 2024).
 
     Raises:
-        OISDError: the estimator is unknown.
+        ValueError: the estimator is unknown.
     """
     difference = (log_probs - reference_log_probs.detach()).clamp(-20.0, 20.0)
     if estimator == "k1":
@@ -202,4 +201,4 @@ def kl_penalty(log_probs: Tensor, reference_log_probs: Tensor, estimator: str = 
         return difference.square() / 2
     if estimator == "k3":
         return torch.expm1(-difference) + difference
-    raise OISDError(f"KL estimator {estimator!r}: expected one of {', '.join(KL_ESTIMATORS)}")
+    raise ValueError(f"KL estimator {estimator!r}: expected one of {', '.join(KL_ESTIMATORS)}")

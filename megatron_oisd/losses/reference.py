@@ -82,6 +82,7 @@ def oisd_loss(
     lambda_attn: float,
     temperature: float,
     advantage_clip: float,
+    advantage_weighting: str = "signed",
     window: int,
     num_global: int,
     query_mask: Tensor,
@@ -105,6 +106,7 @@ def oisd_loss(
         lambda_attn: weight of L_attn.
         temperature: tau.
         advantage_clip: c.
+        advantage_weighting: ``"signed"``, ``"absolute"`` or ``"none"``.
         window: newest keys.
         num_global: equally spaced older keys.
         query_mask: ``[B, s]`` bool, sampled query positions.
@@ -133,6 +135,8 @@ def oisd_loss(
     # The residual stream after each layer; HF's own last entry is already normed, so it comes from the capture.
     streams = [layer.oisd_output for layer in base.layers]
     weights = advantages.clamp(-advantage_clip, advantage_clip)
+    if advantage_weighting != "signed":
+        weights = weights.abs() if advantage_weighting == "absolute" else torch.ones_like(weights)
 
     def lens(hidden: Tensor) -> Tensor:
         if head_gradient:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_oisd.config import OISDConfig
 from megatron_oisd.errors import OISDError
-from megatron_oisd.losses.advantage import signed_weight
+from megatron_oisd.losses.advantage import alignment_weight
 from megatron_oisd.losses.attention import QuerySample, sample_keys, sample_query_positions
 
 
@@ -193,9 +193,10 @@ def make_microbatch(
     mask = loss_mask.to("cpu") > 0
     segments = _segments(mask, borders)
     num_sequences = num_rows if borders is None else len(borders) - 1
-    weights = signed_weight(
-        _spread_advantages(advantages.to("cpu", torch.float32), mask, segments, borders), config.advantage_clip
-    )
+    weights = alignment_weight(
+        _spread_advantages(advantages.to("cpu", torch.float32), mask, segments, borders),
+        config.advantage_clip, config.advantage_weighting,
+    )  # fmt: skip
     if sequence_ids is None:
         sequence_ids = range(first_id, first_id + num_sequences)
     if borders is None and len(sequence_ids) != num_rows:

@@ -158,7 +158,7 @@ class OISD:
             head_gradient=self._trains_head,
         )
         self._attached = True
-        self._wrap_finalize()
+        self.wrap_finalize()
         self.sync()
         self._traffic.read()  # counted from the first step on
 
@@ -207,7 +207,7 @@ class OISD:
                 "the last step's lens gradients were never added to the final norm and the unembedding: set the model "
                 "config's finalize_model_grads_func, or call OISD.reduce_head_gradients() before gradients are reduced"
             )
-        self._wrap_finalize()
+        self.wrap_finalize()
         if not self._fresh:
             self.sync()
         self._scale = scale
@@ -302,6 +302,29 @@ class OISD:
             if self._fresh:  # no step came before: loading weights is not the training's traffic
                 self._traffic.lens_bytes = counted
         self._fresh = True
+
+    def wrap_finalize(self) -> None:
+        """Put :meth:`reduce_head_gradients` before ``config.finalize_model_grads_func``, unless it is there already.
+
+        :meth:`step` does it on entering; call it where a loop sets the function inside the step.
+        """
+        original = self._model_config.finalize_model_grads_func
+        wrapped = original
+        while wrapped is not None:
+            if wrapped is self._finalize:
+                return
+            wrapped = getattr(wrapped, "oisd_wraps", None)
+        if original is None:
+            return
+
+        def finalize(*args: Any, **kwargs: Any) -> Any:
+            if self._attached:
+                self.reduce_head_gradients()
+            return original(*args, **kwargs)
+
+        finalize.oisd_wraps = original  # type: ignore[attr-defined]
+        self._finalize, self._original_finalize = finalize, original
+        self._model_config.finalize_model_grads_func = finalize
 
     def reduce_head_gradients(self) -> None:
         """Bring the lens gradients of norm and unembedding to the parameters that own them.
@@ -402,26 +425,6 @@ class OISD:
         if vocab_size is None or self._lens is None:
             return None
         return valid_columns(vocab_size, self._shards.tensor_rank, self._lens.head.shape[0])
-
-    def _wrap_finalize(self) -> None:
-        """Put :meth:`reduce_head_gradients` before Megatron's reduction; again at each step, as loops set it late."""
-        original = self._model_config.finalize_model_grads_func
-        wrapped = original
-        while wrapped is not None:
-            if wrapped is self._finalize:
-                return
-            wrapped = getattr(wrapped, "oisd_wraps", None)
-        if original is None:
-            return
-
-        def finalize(*args: Any, **kwargs: Any) -> Any:
-            if self._attached:
-                self.reduce_head_gradients()
-            return original(*args, **kwargs)
-
-        finalize.oisd_wraps = original  # type: ignore[attr-defined]
-        self._finalize, self._original_finalize = finalize, original
-        self._model_config.finalize_model_grads_func = finalize
 
     # ------------------------------------------------------------------------------------------- forward
 

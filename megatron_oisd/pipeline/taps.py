@@ -344,5 +344,5 @@ def _with_rows(tensor: Tensor) -> Tensor:
 
 def _softmax_scale(module: Any, query: Tensor) -> float:
     """The scale that this core attention applies to q k^T."""
-    scale = getattr(module, "softmax_scale", None) or module.config.softmax_scale
+    scale = getattr(module, "softmax_scale", None) or getattr(module.config, "softmax_scale", None)
     return 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)

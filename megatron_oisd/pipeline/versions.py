@@ -21,7 +21,7 @@ from typing import Any
 
 from megatron_oisd.errors import OISDError
 
-TESTED = ("0.15", "0.16", "0.17", "0.18", "0.19")
+TESTED = ("0.10", "0.11", "0.12", "0.13", "0.14", "0.15", "0.16", "0.17", "0.18", "0.19")
 """Releases (major.minor) on which ``tests/pipeline`` passed; what was run is in ``docs/versions.md``."""
 
 
@@ -110,8 +110,8 @@ SYMBOLS = (
         used_for="shapes and the scaling of gradients",
         attributes=(
             *("hidden_size", "layernorm_epsilon", "num_attention_heads", "num_query_groups", "params_dtype"),
-            *("sequence_parallel", "tensor_model_parallel_size", "context_parallel_size", "softmax_scale"),
-            *("multi_latent_attention", "window_size", "window_attn_skip_freq"),
+            *("sequence_parallel", "tensor_model_parallel_size", "context_parallel_size"),
+            *("multi_latent_attention", "window_size"),
             *("calculate_per_token_loss", "grad_scale_func", "finalize_model_grads_func"),
         ),
     ),

@@ -21,6 +21,8 @@ from megatron_oisd.errors import OISDError
 
 CHAT_EXAMPLE = '[{"role": "user", "content": "..."}]'
 ROLES = ("system", "user", "assistant", "tool")
+MOST_CHARACTERS = 1_000_000
+"""Of a record's messages together: what is longer is a broken export, and templates and tokenizers stall on it."""
 
 
 @dataclass(frozen=True)
@@ -283,6 +285,12 @@ def _check_messages(where: str, prompt: Any) -> list[dict[str, str]]:
         if role not in ROLES:
             raise OISDError(f"{where}: message {number} has the role {role!r}, expected one of {', '.join(ROLES)}")
         messages.append({"role": role, "content": content})
+    characters = sum(len(message["content"]) for message in messages)
+    if characters > MOST_CHARACTERS:
+        raise OISDError(
+            f"{where}: a prompt of {characters:,} characters, expected at most {MOST_CHARACTERS:,}; shorten it or "
+            "leave the row out"
+        )
     if messages[-1]["role"] not in ("user", "tool"):
         raise OISDError(f"{where}: the last message is the {messages[-1]['role']}'s; a prompt must end with the user's")
     return messages

@@ -41,7 +41,10 @@ class Training:
             self._start_state()
         state = model_state(self.chunks)
         model = state.get("model", state)
-        metadata = {"distrib_optim_sharding_type": "fully_reshardable" if fully_reshardable else "dp_reshardable"}
+        metadata = {
+            "distrib_optim_sharding_type": "fully_reshardable" if fully_reshardable else "dp_reshardable",
+            "chained_optim_avoid_prefix": True,  # experts have an optimizer of their own, and their names suffice
+        }
         return {
             "optimizer": self.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata),
             "opt_param_scheduler": self.scheduler.state_dict(),
@@ -112,6 +115,9 @@ def build_training(config: TrainConfig) -> Training:
             f"the tokenizer in {config.load}/{HF_DIRECTORY} has {vocabulary} tokens and the model "
             f"{arguments.vocab_size}: copy the tokenizer that the model was trained with there"
         )
+    check_experts(config, arguments)
+    if arguments.num_experts is not None and torch.distributed.get_rank() == 0:
+        print(f"{arguments.num_experts} experts: trained without a load-balancing loss, whatever config.json says")
     further: dict[str, Any] = {}
     if config.recompute != "none":
         further["recompute_granularity"] = config.recompute
@@ -127,8 +133,8 @@ def build_training(config: TrainConfig) -> Training:
     further |= {"variable_seq_lengths": True} if config.variable_length else {}
     model_config = transformer_config(
         arguments, tensor_parallel=config.tp, pipeline_parallel=config.pp,
-        sequence_parallel=config.sequence_parallel, dtype=dtype, finalize_model_grads_func=finalize_model_grads,
-        **further,
+        sequence_parallel=config.sequence_parallel, expert_parallel=config.ep, expert_tensor_parallel=config.etp,
+        dtype=dtype, finalize_model_grads_func=finalize_model_grads, **further,
     )  # fmt: skip
     bare = build_model(arguments, model_config, packed=config.sequence_packing)
     load_model(bare, config.load)
@@ -162,6 +168,38 @@ def build_training(config: TrainConfig) -> Training:
         end_wd=config.weight_decay, wd_incr_steps=0, wd_incr_style="constant",
     )  # fmt: skip
     return Training(chunks, model_config, arguments, optimizer, scheduler)
+
+
+def check_experts(config: TrainConfig, arguments: ModelArguments) -> None:
+    """Raise :class:`OISDError` unless the layout suits the model's experts, if it has any."""
+    if arguments.num_experts is None:
+        for flag, value in (("--ep", config.ep if config.ep > 1 else None), ("--etp", config.etp)):
+            if value is not None:
+                raise OISDError(f"{flag} is {value}, and {arguments.architecture} has no experts: leave it out")
+        return
+    if arguments.num_experts % config.ep:
+        raise OISDError(
+            f"--ep is {config.ep}, which does not divide the model's {arguments.num_experts} experts: use an EP that "
+            "does"
+        )
+    within, width = config.tp if config.etp is None else config.etp, arguments.moe_ffn_hidden_size or 0
+    if within > config.tp:
+        raise OISDError(f"--etp is {within} and --tp {config.tp}: expected at most that, other layouts are not proved")
+    if width % within:
+        raise OISDError(
+            f"the tensor-parallel size within experts is {within}, which does not divide their width {width}: use an "
+            "--etp that does"
+        )
+    if config.tp > 1 and not config.sequence_parallel:
+        raise OISDError(f"--tp {config.tp} with experts needs --sequence-parallel: Megatron trains them no other way")
+    per_stage = max(arguments.num_layers // config.pp, 1)
+    for first in range(0, arguments.num_layers, per_stage):
+        end = min(first + per_stage, arguments.num_layers)
+        if not any(arguments.has_experts(layer) for layer in range(first, end)):
+            raise OISDError(
+                f"--pp {config.pp} makes a pipeline stage of layers {first + 1} to {end}, none of which has experts: "
+                "Megatron cannot save the experts' optimizer then; use a smaller --pp"
+            )
 
 
 def load_tokenizer(directory: str | Path) -> Any:

@@ -34,6 +34,7 @@ from megatron_oisd.losses.aggregate import token_weights
 from megatron_oisd.losses.numerics import group_size
 from megatron_oisd.losses.off_policy import mismatch, rejection_mask, truncated_importance
 from megatron_oisd.pipeline.oisd import OISD
+from megatron_oisd.rl.arguments import write_config
 from megatron_oisd.rl.batch import RolloutBatch, make_batch, make_microbatches, plan_microbatches
 from megatron_oisd.rl.collect import Collector, derived_seed
 from megatron_oisd.rl.config import TrainConfig, trajectory_fingerprint
@@ -63,7 +64,10 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, oisd_config: OISDConfig) -> None:
         self.config = config
-        distributed.initialize(tensor_parallel=config.tp, pipeline_parallel=config.pp, seed=config.seed)
+        distributed.initialize(
+            tensor_parallel=config.tp, pipeline_parallel=config.pp, expert_parallel=config.ep,
+            expert_tensor_parallel=config.etp, seed=config.seed,
+        )  # fmt: skip
         self.groups = ParallelGroups.from_megatron()
         config.check_data_parallel(group_size(self.groups.dp))
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -109,6 +113,7 @@ class Trainer:
         """Rounds of prompts drawn: one a step, more with dynamic sampling."""
         self.saved_step: int | None = None
         self._experience: Experience | None = None
+        self._asleep = False
         self._resume()
 
     # ------------------------------------------------------------------------------------------- the algorithm
@@ -149,6 +154,7 @@ class Trainer:
 
     def _open_log(self) -> MetricsLog:
         config = self.config
+        write_config(self.output, config, self.oisd.config)
         wandb = None
         if config.wandb_project:
             wandb = WandbRun(
@@ -185,6 +191,7 @@ class Trainer:
         self._leave_if_asked()
         if self.config.rollout_sleep:
             self.engine.sleep()
+            self._asleep = True
         metrics = _rollout_metrics(experience) | clock.lap("gen")
 
         batch = self._make_batch(experience)
@@ -348,8 +355,9 @@ class Trainer:
             )
             failure: OISDError | None = None
             try:
-                if self.config.rollout_sleep and attempt == 0:
+                if self._asleep:
                     self.engine.wake()
+                    self._asleep = False
                 self.engine.update_weights(tensors, version=self.step)
             except OISDError as error:
                 failure = error
@@ -380,6 +388,7 @@ class Trainer:
                 extra_state=self.training.optimizer_state(
                     loading=False, fully_reshardable=self.config.dist_ckpt_optim_fully_reshardable
                 ) | {"rounds": self.rounds, "layout": self._layout},
+                manifest=True,
             )  # fmt: skip
             self.saved_step = self.step
         if self.rank == 0:
@@ -402,13 +411,16 @@ class Trainer:
             return
         iteration = self._newest_whole_checkpoint()
         fully_reshardable = not self._optimizer_of_one_layout(iteration)
+        if not fully_reshardable:
+            saved = load_model([], self.checkpoints, iteration)["layout"]
+            if saved != self._layout:
+                layout = " x ".join(f"{name.upper()} {size}" for name, size in saved.items())
+                raise OISDError(
+                    f"the optimizer in {self.checkpoints} was saved at {layout} for that layout only "
+                    "(--no-dist-ckpt-optim-fully-reshardable): resume with it"
+                )
         template = self.training.optimizer_state(loading=True, fully_reshardable=fully_reshardable)
         state = load_model(self.training.chunks, self.checkpoints, iteration, extra_state=template)
-        if not fully_reshardable and state["layout"] != self._layout:
-            raise OISDError(
-                f"the optimizer in {self.checkpoints} was saved at TP {state['layout']['tp']} x PP "
-                f"{state['layout']['pp']} for that layout only (--no-dist-ckpt-optim-fully-reshardable): resume with it"
-            )
         self.training.load_optimizer_state(state)
         self.oisd.sync()
         self.step = self.saved_step = int(state["iteration"])
@@ -416,12 +428,16 @@ class Trainer:
 
     @property
     def _layout(self) -> dict[str, int]:
-        return {"tp": self.config.tp, "pp": self.config.pp}
+        config = self.config
+        layout = {"tp": config.tp, "pp": config.pp}
+        if self.training.arguments.num_experts is not None:
+            layout |= {"ep": config.ep, "etp": config.tp if config.etp is None else config.etp}
+        return layout
 
     def _optimizer_of_one_layout(self, iteration: int) -> bool:
-        """Whether a checkpoint holds a distributed optimizer in the form that only its own TP and PP can load."""
+        """Whether a checkpoint holds a distributed optimizer in the form that only its own layout can load."""
         names = read_metadata(whole_iteration(self.checkpoints, iteration)).state_dict_metadata
-        return any(name.startswith("optimizer.distributed.dp_group_idx") for name in names)
+        return any("optimizer.distributed.dp_group_idx" in name for name in names)
 
     def _newest_whole_checkpoint(self) -> int:
         """The newest iteration of which every byte is there; a damaged one is passed over with a warning."""

@@ -15,6 +15,7 @@ from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor, nn
 
 from megatron_oisd.errors import OISDError
+from megatron_oisd.pipeline.checks import shared_sliding_window
 from megatron_oisd.pipeline.microbatch import context_positions, packed_borders
 
 
@@ -49,8 +50,6 @@ class UnfusedAttention(nn.Module):
         **ignored: Any,
     ) -> None:
         super().__init__()
-        from megatron.core.transformer.utils import is_layer_window_attention
-
         if "causal" not in attn_mask_type.name:
             raise OISDError(f"attn_mask_type is {attn_mask_type.name}: UnfusedAttention is causal only")
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
@@ -58,8 +57,8 @@ class UnfusedAttention(nn.Module):
             raise OISDError(f"attention_dropout is {dropout}: UnfusedAttention has none, set it to 0")
         self.config = config
         self.softmax_scale = softmax_scale
-        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
-        self.left = config.window_size[0] if windowed else -1
+        window = shared_sliding_window(config, (layer_number,))
+        self.left = -1 if window is None else window[0]
         self.cp_group = (
             parallel_state.get_context_parallel_group() if pg_collection is None else getattr(pg_collection, "cp", None)
         )

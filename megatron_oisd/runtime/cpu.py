@@ -78,7 +78,8 @@ def install() -> bool:
     for name in ("range_push", "range_pop", "mark"):
         _replace(torch.cuda.nvtx, name, _nothing())
 
-    _replace(megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
+    # Older releases ask torch.cuda for the state.
+    _replace_if_there(megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
     _replace(megatron_random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
     _mend_modules()
     return True
@@ -90,10 +91,10 @@ def _mend_modules() -> None:
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     if not isinstance(getattr(multi_latent_attention, "TELinear", None), type):
-        _replace(multi_latent_attention, "HAVE_TE", False)
+        _replace_if_there(multi_latent_attention, "HAVE_TE", False)
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
-    _replace(token_dispatcher, "maybe_move_tensor_to_cpu", _as_if_moved)
+    _replace_if_there(token_dispatcher, "maybe_move_tensor_to_cpu", _as_if_moved)
 
 
 def _as_if_moved(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -111,6 +112,12 @@ def uninstall() -> None:
 def _replace(owner: Any, name: str, value: Any) -> None:
     _installed.append((owner, name, getattr(owner, name)))
     setattr(owner, name, value)
+
+
+def _replace_if_there(owner: Any, name: str, value: Any) -> None:
+    """For what only some releases of Megatron-Core have."""
+    if hasattr(owner, name):
+        _replace(owner, name, value)
 
 
 def _nothing() -> Callable[..., None]:

@@ -17,6 +17,8 @@ def initialize(
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
     virtual_pipeline: int | None = None,
+    expert_parallel: int = 1,
+    expert_tensor_parallel: int | None = None,
     seed: int = 1234,
     timeout_s: float = 600.0,
 ) -> None:
@@ -29,14 +31,16 @@ def initialize(
         tensor_parallel: tensor-model-parallel size (TP).
         pipeline_parallel: pipeline-model-parallel size (PP).
         virtual_pipeline: model chunks per pipeline stage (VPP), None for the plain 1F1B schedule.
+        expert_parallel: ranks that share out the experts of a layer (EP); taken from TP x DP, not beside it.
+        expert_tensor_parallel: tensor-parallel size within an expert (ETP), None for TP.
         seed: seed of Python-independent RNGs: torch's and Megatron's model-parallel trackers.
         timeout_s: seconds after which a collective that lacks a rank fails instead of waiting on.
 
     Raises:
-        OISDError: the world size is not a multiple of TP x PP.
+        OISDError: the world size is not a multiple of TP x PP, or of ETP x EP x PP.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    check_world_size(world_size, tensor_parallel, pipeline_parallel)
+    check_world_size(world_size, tensor_parallel, pipeline_parallel, expert_parallel, expert_tensor_parallel)
     on_cpu = cpu.install()
     if not on_cpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -53,6 +57,8 @@ def initialize(
         tensor_model_parallel_size=tensor_parallel,
         pipeline_model_parallel_size=pipeline_parallel,
         virtual_pipeline_model_parallel_size=virtual_pipeline,
+        expert_model_parallel_size=expert_parallel,
+        expert_tensor_parallel_size=expert_tensor_parallel,
         distributed_timeout_minutes=timeout_s / 60,
     )
     seed_everything(seed)
@@ -75,9 +81,17 @@ def seed_everything(seed: int) -> None:
     megatron_tp.model_parallel_cuda_manual_seed(seed)
 
 
-def check_world_size(world_size: int, tensor_parallel: int, pipeline_parallel: int) -> None:
-    """Raise :class:`OISDError` unless ``world_size`` is a positive multiple of TP x PP."""
-    for name, value in (("--tp", tensor_parallel), ("--pp", pipeline_parallel)):
+def check_world_size(
+    world_size: int,
+    tensor_parallel: int,
+    pipeline_parallel: int,
+    expert_parallel: int = 1,
+    expert_tensor_parallel: int | None = None,
+) -> None:
+    """Raise :class:`OISDError` unless ``world_size`` is a positive multiple of TP x PP and of ETP x EP x PP."""
+    within = tensor_parallel if expert_tensor_parallel is None else expert_tensor_parallel
+    sizes = {"--tp": tensor_parallel, "--pp": pipeline_parallel, "--ep": expert_parallel, "--etp": within}
+    for name, value in sizes.items():
         if value < 1:
             raise OISDError(f"{name} is {value}: expected an integer of at least 1")
     model_size = tensor_parallel * pipeline_parallel
@@ -85,6 +99,14 @@ def check_world_size(world_size: int, tensor_parallel: int, pipeline_parallel: i
         raise OISDError(
             f"the world has {world_size} ranks, which TP {tensor_parallel} x PP {pipeline_parallel} = {model_size} "
             f"does not divide: start a multiple of {model_size} ranks (torchrun --nproc-per-node) or change --tp / --pp"
+        )
+    # Of the same ranks: the experts' layout is another cut through the world than that of the rest of the model.
+    expert_size = within * expert_parallel * pipeline_parallel
+    if world_size % expert_size:
+        raise OISDError(
+            f"the world has {world_size} ranks, which for the experts ETP {within} x EP {expert_parallel} x PP "
+            f"{pipeline_parallel} = {expert_size} does not divide: start a multiple of {expert_size} ranks or change "
+            "--ep / --etp"
         )
 
 

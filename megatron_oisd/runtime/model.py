@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from megatron_oisd.errors import OISDError
 from megatron_oisd.runtime import cpu
 
 
@@ -178,10 +182,21 @@ def transformer_config(
     if overrides.get("variable_seq_lengths"):
         # Megatron asks this of dense models too, whose dispatcher is never used.
         fields["moe_token_dispatcher_type"] = "alltoall"
-    fields.update(overrides)
+    known = {item.name for item in dataclasses.fields(TransformerConfig)}
+    fields = {name: value for name, value in fields.items() if name in known or name not in _OPTIONAL} | overrides
+    unknown = sorted(fields.keys() - known)
+    if unknown:
+        raise OISDError(
+            f"TransformerConfig of the installed Megatron-Core has no {', '.join(unknown)}: leave it out, or install a "
+            "release that has it"
+        )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*gradient_accumulation_fusion.*")
         return TransformerConfig(**fields)
+
+
+# Releases without these do what we set them to.
+_OPTIONAL = ("moe_router_dtype", "moe_permute_fusion")
 
 
 def _moe_fields(arguments: ModelArguments, expert_parallel: int, expert_tensor_parallel: int | None) -> dict[str, Any]:
@@ -204,6 +219,44 @@ def _moe_fields(arguments: ModelArguments, expert_parallel: int, expert_tensor_p
     }
 
 
+def taken(function: Callable[..., Any], **options: Any) -> dict[str, Any]:
+    """Those of ``options`` that ``function`` takes: older releases of Megatron-Core do not know all of them."""
+    names = inspect.signature(function).parameters
+    return {name: value for name, value in options.items() if name in names}
+
+
+@contextmanager
+def virtual_stage(vp_stage: int | None) -> Iterator[None]:
+    """Surrounds what builds a virtual chunk: older releases ask the parallel state for its number.
+
+    Newer ones are given it (:func:`taken`) and leave the parallel state alone.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+
+    if vp_stage is None or taken(GPTModel, vp_stage=vp_stage):
+        yield
+        return
+    before = parallel_state.get_virtual_pipeline_model_parallel_rank()
+    parallel_state.set_virtual_pipeline_model_parallel_rank(vp_stage)
+    try:
+        yield
+    finally:
+        parallel_state.set_virtual_pipeline_model_parallel_rank(before)
+
+
+def pipeline_ends(vp_stage: int | None) -> tuple[bool, bool]:
+    """Whether this rank's chunk ``vp_stage`` is the pipeline's first and whether it is its last.
+
+    Called inside :func:`virtual_stage`.
+    """
+    from megatron.core import parallel_state
+
+    ends = parallel_state.is_pipeline_first_stage, parallel_state.is_pipeline_last_stage
+    where = {} if vp_stage is None else {"ignore_virtual": False, **taken(ends[0], vp_stage=vp_stage)}
+    return ends[0](**where), ends[1](**where)
+
+
 def build_model_chunk(
     arguments: ModelArguments,
     config: Any,
@@ -221,6 +274,12 @@ def build_model_chunk(
     from megatron.core.models.gpt import GPTModel
 
     spec = _layers_spec(arguments, config, vp_stage, packed=packed)
+    scaling = taken(GPTModel, rope_scaling_factor=arguments.rope_scaling_factor)
+    if arguments.use_rope_scaling and not scaling and arguments.rope_scaling_factor != 8.0:
+        raise OISDError(
+            f"rope_scaling_factor is {arguments.rope_scaling_factor}: the installed Megatron-Core scales by 8 only; "
+            "install a release whose GPTModel takes rope_scaling_factor"
+        )
     chunk: Any = GPTModel(
         config=config,
         transformer_layer_spec=spec,
@@ -234,15 +293,18 @@ def build_model_chunk(
         rotary_percent=1.0,
         rotary_base=arguments.rotary_base,
         rope_scaling=arguments.use_rope_scaling,
-        rope_scaling_factor=arguments.rope_scaling_factor,
-        vp_stage=vp_stage,
-        pg_collection=pg_collection,
+        **scaling,
+        **taken(GPTModel, vp_stage=vp_stage, pg_collection=pg_collection),
     )
     for layer in chunk.decoder.layers:
         if hasattr(layer.mlp, "router"):
             # In checkpoints the norm before the MLP has the name that Transformer Engine's layers give it: it is fused
             # with a dense MLP only, and Megatron's local spec forgets that.
             layer.submodules_config.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+            # Megatron treats experts as such under expert parallelism only. They always are: at EP 1 their gradients
+            # would miss ranks where their TP is not that of the rest, and the optimizer would have another form.
+            for parameter in layer.mlp.experts.parameters():
+                parameter.allreduce = False
     return chunk
 
 
@@ -258,14 +320,17 @@ def _layers_spec(arguments: ModelArguments, config: Any, vp_stage: int | None, *
     if have_transformer_engine():
         if arguments.num_experts is None:
             return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arguments.qk_layernorm)
-        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
-    if arguments.num_experts is None:
-        layer = get_gpt_layer_local_spec(qk_layernorm=arguments.qk_layernorm, normalization="RMSNorm")
-        layers = [layer] * get_num_layers_to_build(config, vp_stage=vp_stage)
-    else:
-        block = get_gpt_decoder_block_spec(
-            config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage
+        return get_gpt_decoder_block_spec(
+            config, use_transformer_engine=True, **taken(get_gpt_decoder_block_spec, vp_stage=vp_stage)
         )
+    if arguments.num_experts is None:
+        norm = taken(get_gpt_layer_local_spec, normalization="RMSNorm")
+        layer = get_gpt_layer_local_spec(qk_layernorm=arguments.qk_layernorm, **norm)
+        number = get_num_layers_to_build(config, **taken(get_num_layers_to_build, vp_stage=vp_stage))
+        layers = [layer] * number
+    else:
+        extra = taken(get_gpt_decoder_block_spec, normalization="RMSNorm", vp_stage=vp_stage)
+        block = get_gpt_decoder_block_spec(config, use_transformer_engine=False, **extra)
         layers = block.layer_specs
     layers = copy.deepcopy(layers)  # layers that are alike stay one object
     for layer in layers:
@@ -285,8 +350,6 @@ def build_model(arguments: ModelArguments, config: Any, *, packed: bool = False)
 
     ``packed`` as in :func:`build_model_chunk`.
     """
-    from megatron.core import parallel_state
-
     stages: list[int | None] = (
         [None]
         if config.virtual_pipeline_model_parallel_size is None
@@ -294,15 +357,10 @@ def build_model(arguments: ModelArguments, config: Any, *, packed: bool = False)
     )
     chunks = []
     for vp_stage in stages:
-        kwargs = {} if vp_stage is None else {"ignore_virtual": False, "vp_stage": vp_stage}
-        chunks.append(
-            build_model_chunk(
-                arguments,
-                config,
-                pre_process=parallel_state.is_pipeline_first_stage(**kwargs),
-                post_process=parallel_state.is_pipeline_last_stage(**kwargs),
-                vp_stage=vp_stage,
-                packed=packed,
+        with virtual_stage(vp_stage):
+            first, last = pipeline_ends(vp_stage)
+            chunk = build_model_chunk(
+                arguments, config, pre_process=first, post_process=last, vp_stage=vp_stage, packed=packed
             )
-        )
+        chunks.append(chunk)
     return chunks

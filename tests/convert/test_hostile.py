@@ -185,6 +185,10 @@ ONE: dict[str, tuple[Callable[[Path], None], str]] = {
     "config: fewer layers": (_config(num_hidden_layers=3, layer_types=None), "more tensors, which Qwen3For.* does not"),
     "config: more layers": (_config(num_hidden_layers=5, layer_types=None), r"lacks model\.layers\.4"),
     "config: 10^12 layers": (_config(num_hidden_layers=10**12), "1000000000000 layers"),
+    "config: 10^12 experts": (
+        _config(architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe", num_local_experts=10**12),
+        "4000000000000 layers and experts",
+    ),
     "config: 999 layers": (_config(num_hidden_layers=999, layer_types=None), "says 999 layers, and"),
     "config: quantised": (_config(quantization_config={"quant_method": "fp8"}), "quantised"),
     "config: remote code": (_config(architectures=["EvilForCausalLM"], auto_map={"AutoConfig": "evil.C"}), "'EvilFor"),
@@ -359,6 +363,14 @@ MCORE: dict[str, tuple[Callable[[Path], None], str]] = {
         ),
         r"has shape \(65,\), and its hf/config\.json says \(64,\)",
     ),
+    "parameter of integers": (
+        _metadata(
+            lambda m, d: setattr(
+                m.state_dict_metadata["decoder.final_layernorm.weight"].properties, "dtype", torch.int8
+            )
+        ),
+        r"stores decoder\.final_layernorm\.weight as int8, expected one of F32",
+    ),
     "pieces missing": (
         _metadata(lambda m, d: m.state_dict_metadata["decoder.final_layernorm.weight"].chunks.clear()),
         "describes decoder.final_layernorm.weight incompletely",
@@ -382,6 +394,15 @@ def test_megatron_inputs(case: str, good: dict[str, Path], tmp_path: Path) -> No
     assert "\n" not in str(refusal.value)
     assert [path.name for path in tmp_path.iterdir()] == ["mcore"]
     assert not (iteration / "exploded").exists()
+
+
+def test_layers_beyond_what_is_stored_are_not_built(good: dict[str, Path], tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(good["mcore"], tmp_path / "mcore"))
+    (directory / "hf" / MANIFEST).unlink()
+    _config(num_hidden_layers=900_000, layer_types=None)(directory / "hf")
+    with pytest.raises(OISDError, match=r"says 900000 layers, and .* pieces of tensors: it is another model's"):
+        convert_mcore_to_hf(directory, tmp_path / "out", verify="none", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["mcore"]
 
 
 def test_code_in_common_state_does_not_run(good: dict[str, Path], tmp_path: Path) -> None:

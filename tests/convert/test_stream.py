@@ -18,15 +18,16 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from megatron_oisd.convert import checkpoint, report
+from megatron_oisd.convert import report
 from megatron_oisd.convert.checkpoint import HF_DIRECTORY, load_model, read_arguments, save_model, whole_iteration
 from megatron_oisd.convert.families import arguments_from_hf_config, hf_shapes
 from megatron_oisd.convert.hf_files import SafetensorsDirectory, read_hf_config
 from megatron_oisd.convert.hf_to_mcore import convert_hf_to_mcore, plan_hf_to_mcore
 from megatron_oisd.convert.manifest import MANIFEST, HashingStream, check_manifest, sha256
-from megatron_oisd.convert.mcore_to_hf import convert_mcore_to_hf
+from megatron_oisd.convert.mcore_to_hf import convert_mcore_to_hf, plan_mcore_to_hf
 from megatron_oisd.convert.safe_pickle import read_metadata
 from megatron_oisd.convert.safetensors_io import INDEX, ShardedWriter, read_header
+from megatron_oisd.convert.torch_dist import KeyStyle
 from megatron_oisd.convert.weights import load_hf_weights
 from megatron_oisd.errors import OISDError
 from tests.helpers.checkpoints import build_chunks, differences, export, make_hf_checkpoint
@@ -86,11 +87,8 @@ def _save_at(hf: Path, target: Path, layout: dict[str, Any], layer_by_layer: boo
     arguments = arguments_from_hf_config(read_hf_config(hf))
     chunks = build_chunks(arguments, **layout)
     load_hf_weights(chunks, arguments, SafetensorsDirectory(hf))
-    if layer_by_layer:
-        whole: Any = chunks[0]
-        state = whole.sharded_state_dict(metadata={"non_homogeneous_layers": True})
-        checkpoint.model_state = lambda chunks: {"model": state}
-    save_model(chunks, target, 3, arguments, hf_source=hf)
+    style = KeyStyle(layer_by_layer=layer_by_layer)
+    save_model(chunks, target, 3, arguments, hf_source=hf, style=style, manifest=True)
 
 
 @pytest.mark.parametrize(
@@ -110,10 +108,54 @@ def test_any_layout_is_read_back(
     run_ranks(ranks, _save_at, hf, tmp_path / "mcore", layout, layer_by_layer)
     found = convert_mcore_to_hf(tmp_path / "mcore", tmp_path / "back", verify="tensors", progress=False)
     assert (found.identical, found.rounded, found.different) == (found.hf_tensors, 0, [])
+    iteration = tmp_path / "mcore" / "iter_0000003"
+    assert check_manifest(iteration) == len([path for path in iteration.iterdir() if path.name != MANIFEST])
     expected, got = dict(SafetensorsDirectory(hf)), SafetensorsDirectory(tmp_path / "back")
     assert expected.keys() == got.keys()
     for name, tensor in expected.items():
         assert torch.equal(tensor, got[name]), name
+
+
+def _as_plain_megatron(chunks: list[Any]) -> None:
+    """Undo what the builder mends in the local spec's names of the norms before experts."""
+    for layer in chunks[0].decoder.layers:
+        names = layer.submodules_config.sharded_state_dict_keys_map
+        names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+
+
+def _save_with_the_local_spec(hf: Path, target: Path, layer_by_layer: bool) -> list[str]:
+    """As Megatron-LM does with ``--transformer-impl local``; then load it again; return what was wrong."""
+    arguments = arguments_from_hf_config(read_hf_config(hf))
+    chunks = build_chunks(arguments, tp=1, pp=1)
+    load_hf_weights(chunks, arguments, SafetensorsDirectory(hf))
+    _as_plain_megatron(chunks)
+    save_model(chunks, target, 3, arguments, hf_source=hf, style=KeyStyle(layer_by_layer=layer_by_layer))
+    chunks = build_chunks(arguments, tp=1, pp=1)
+    load_model(chunks, target)
+    return differences(export(chunks, arguments), dict(SafetensorsDirectory(hf)))
+
+
+def _keys(directory: Path) -> set[str]:
+    (iteration,) = directory.glob("iter_*")
+    return {key for key in read_metadata(iteration).state_dict_metadata if key.startswith("decoder.layers.")}
+
+
+@pytest.mark.parametrize("layer_by_layer", [False, True])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_experts_of_megatrons_local_spec(mixed: bool, layer_by_layer: bool, tmp_path: Path) -> None:
+    """It names the norm before experts in another way than Transformer Engine's: read, and written on demand."""
+    changes: dict[str, Any] = {"mlp_only_layers": [1]} if mixed else {}
+    hf = make_hf_checkpoint(tmp_path / "hf", tied=False, family="Qwen3Moe", tokenizer=True, **changes)
+    assert run_ranks(1, _save_with_the_local_spec, hf, tmp_path / "plain", layer_by_layer) == [[]]
+    found = convert_mcore_to_hf(tmp_path / "plain", tmp_path / "back", verify="tensors", progress=False)
+    assert (found.identical, found.different) == (found.hf_tensors, [])
+    ours = convert_hf_to_mcore(hf, tmp_path / "ours", verify="tensors", progress=False, local_experts=True)
+    assert (ours.identical, ours.different) == (ours.hf_tensors, [])
+    assert not any("pre_mlp_layernorm" in key for key in _keys(tmp_path / "plain") | _keys(tmp_path / "ours"))
+    if not layer_by_layer:
+        assert _keys(tmp_path / "ours") == _keys(tmp_path / "plain")
+    convert_hf_to_mcore(hf, tmp_path / "fused", verify="none", progress=False)
+    assert any("pre_mlp_layernorm" in key for key in _keys(tmp_path / "fused"))
 
 
 def _load_at(source: Path, hf: Path, layout: dict[str, Any]) -> list[str]:
@@ -343,6 +385,25 @@ def test_the_plan_names_every_tensor_and_writes_nothing(tmp_path: Path) -> None:
     }
     with pytest.raises(OISDError, match="--force"):
         plan_hf_to_mcore(source, tmp_path / "mcore")
+
+
+def test_the_plan_towards_hf_names_its_files(tmp_path: Path) -> None:
+    source = make_hf_checkpoint(tmp_path / "hf", tied=True, tokenizer=True)
+    convert_hf_to_mcore(source, tmp_path / "mcore", verify="none", progress=False)
+    how: Any = {"dtype": torch.bfloat16, "shard_bytes": 100_000}
+    plan, writer = plan_mcore_to_hf(tmp_path / "mcore", tmp_path / "back", **how)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "mcore"]
+    lines = list(plan.lines(writer))
+    embedding = "embedding.word_embeddings.weight -> model.embed_tokens.weight"
+    assert lines[0] == f"{embedding}  vocabulary 384x64 float32 -> bfloat16 {300 * 64 * 2} bytes"
+    convert_mcore_to_hf(tmp_path / "mcore", tmp_path / "back", verify="none", progress=False, **how)
+    written = sorted(path.name for path in (tmp_path / "back").glob("*.safetensors"))
+    assert len(written) > 2
+    assert [line.split(":")[0] for line in lines if ".safetensors:" in line] == written
+    names = [name for line in lines for name in line.split("  ")[0].split(" -> ")[-1].split(" + ") if " -> " in line]
+    assert sorted(names) == sorted(SafetensorsDirectory(tmp_path / "back"))
+    with pytest.raises(OISDError, match="--force"):
+        plan_mcore_to_hf(tmp_path / "mcore", tmp_path / "back")
 
 
 def test_logits_need_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,9 +27,9 @@ from tests.helpers.slurm_cluster import SlurmCluster, wait_for
 from tests.helpers.training import (
     ROOT,
     assert_same_weights,
-    exported_weights,
     make_workspace,
     read_lines,
+    read_weights,
     run_training,
     training_arguments,
 )
@@ -63,7 +63,7 @@ class Run:
 
     @classmethod
     def read(cls, output: Path) -> Run:
-        return cls(read_lines(output), exported_weights(output, output / "exported"))
+        return cls(read_lines(output), read_weights(output / "checkpoints", output / "exported"))
 
     def assert_same(self, output: Path) -> None:
         other = Run.read(output)
@@ -301,9 +301,9 @@ def test_scripts_are_whole_and_print_what_they_would_run(tmp_path):
     assert "--nodes=3 --ntasks=3" in probe
     assert "--nodes=1 --ntasks=1" in check
     assert "--nodes=1 --ntasks=4 --ntasks-per-node=4 --nodelist=a3" in servers
-    assert (
-        "--model /data/mcore/hf --dtype float32 --dtype bfloat16 --temperature 0.8 --tensor-parallel-size 2" in servers
-    )
+    # tests/rl/test_serve_rollouts.py: model, precision and sampling come from the trainer's flags.
+    assert "--tensor-parallel-size 2 --trainer-flags --load /data/mcore " in servers
+    assert "--bf16 --temperature 0.8 --rollout-engine vllm_server" in servers
     assert "--nodes=2 --ntasks=2 --ntasks-per-node=1 --nodelist=a1,a2" in train.replace("\\", "")
     urls = ",".join(f"http://a3-ib0:{30112 + index}" for index in range(4))
     assert f"--rollout-engine vllm_server --rollout-urls {urls}" in train.replace("\\", "")

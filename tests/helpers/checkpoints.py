@@ -99,20 +99,15 @@ def build_chunks(
 def join(*, tp: int, pp: int, vpp: int | None, ep: int, expert_tp: int | None) -> None:
     """Start torch.distributed, and Megatron's groups anew."""
     from megatron.core import parallel_state
-    from megatron.core import tensor_parallel as megatron_tp
 
     from megatron_oisd.runtime import distributed
 
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
-    distributed.initialize(tensor_parallel=tp, pipeline_parallel=pp, virtual_pipeline=vpp)
-    if ep > 1 or expert_tp is not None:
-        parallel_state.destroy_model_parallel()
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, virtual_pipeline_model_parallel_size=vpp,
-            expert_model_parallel_size=ep, expert_tensor_parallel_size=expert_tp,
-        )  # fmt: skip
-        megatron_tp.model_parallel_cuda_manual_seed(1234)
+    distributed.initialize(
+        tensor_parallel=tp, pipeline_parallel=pp, virtual_pipeline=vpp, expert_parallel=ep,
+        expert_tensor_parallel=expert_tp,
+    )  # fmt: skip
 
 
 @torch.no_grad()

@@ -59,6 +59,7 @@ class Case:
             parts.append("layers" + "-".join(map(str, self.oisd.layers)))
             parts += [] if self.oisd.head_gradient else ["nohead"]
             parts += [] if self.oisd.aggregation == "sequence" else ["token"]
+            parts += [] if self.oisd.advantage_weighting == "signed" else [self.oisd.advantage_weighting]
             if not self.oisd.enabled:
                 parts.append("lambda0")
         parts += [] if self.per_token_loss else ["meanloss"]
@@ -129,6 +130,7 @@ def reference(case: Case, batch: Batch) -> tuple[dict[str, float], dict[str, Ten
         model, tokens=batch.tokens, mask=batch.mask, advantages=batch.advantages.double(),
         old_log_probs=batch.old_log_probs.double(), layers=oisd.layers, lambda_think=oisd.lambda_think,
         lambda_attn=oisd.lambda_attn, temperature=oisd.temperature, advantage_clip=oisd.advantage_clip,
+        advantage_weighting=oisd.advantage_weighting,
         window=oisd.attn_window, num_global=oisd.attn_global_keys, query_mask=query_mask(oisd, batch),
         head_gradient=oisd.head_gradient, aggregation=_aggregation(case, oisd),
         # Without per-token loss Megatron means over microbatches of means over tokens: per sequence at batch 1.

@@ -17,17 +17,20 @@ import math
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache, partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_oisd.config import OISDConfig
 from tests.helpers.ranks import run_ranks
 
 VOCAB = 150
+# Options that older releases do not have; what they do without them is the same on every layout.
+LATER = ("rope_type", "moe_router_dtype", "moe_permute_fusion")
 PADDED = 512  # the same on every layout, so that what includes the padding (MTP's own loss) is the same too
 LENGTH = 32
 # Weighted so that OISD makes up about half of the gradients: in half precision too a wrong one stands out.
@@ -111,6 +114,7 @@ def make_rollouts(num_sequences: int = 4, seed: int = 11) -> Rollouts:
 def transformer(layout: Layout) -> Any:
     """Megatron's configuration of the layout's model."""
     from megatron.core.distributed import finalize_model_grads
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
 
     from megatron_oisd.runtime.model import ModelArguments, transformer_config
 
@@ -140,6 +144,8 @@ def transformer(layout: Layout) -> Any:
         overrides |= {"window_size": (5, 0), "window_attn_skip_freq": 2}
     if layout.model == "mtp":
         overrides |= {"mtp_num_layers": 1, "mtp_loss_scaling_factor": 0.1}
+    known = {item.name for item in fields(MLATransformerConfig)}
+    overrides = {name: value for name, value in overrides.items() if name in known or name not in LATER}
     overrides |= {name: value for name, value in layout.config if name != "frozen"}
     make: Any = transformer_config
     if layout.model == "mla":
@@ -179,14 +185,13 @@ def _swap(spec: Any, replacements: dict[Any, Any]) -> None:
 
 def build_chunks(layout: Layout, config: Any) -> list[nn.Module]:
     """This rank's bare model chunks."""
-    from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt import gpt_layer_specs as specs
     from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     from megatron_oisd.runtime.attention import UnfusedAttention
-    from megatron_oisd.runtime.model import SequenceParallelRMSNorm
+    from megatron_oisd.runtime.model import SequenceParallelRMSNorm, pipeline_ends, taken, virtual_stage
 
     replacements = {specs.LNImpl: SequenceParallelRMSNorm, WrappedTorchNorm: SequenceParallelRMSNorm}
     # Megatron's own attention wherever it can do it.
@@ -194,27 +199,26 @@ def build_chunks(layout: Layout, config: Any) -> list[nn.Module]:
         replacements[DotProductAttention] = UnfusedAttention
     chunks = []
     for vp_stage in [None] if layout.vpp is None else range(layout.vpp):
-        where = {} if vp_stage is None else {"ignore_virtual": False, "vp_stage": vp_stage}
-        spec = copy.deepcopy(
-            specs.get_gpt_decoder_block_spec(
-                config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage
-            )
-        )
-        mtp = None
-        if layout.model == "mtp":
-            mtp = specs.get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False, vp_stage=vp_stage)
-        for part in (spec, mtp):
-            if part is not None:
-                _swap(part, replacements)
-        chunks.append(
-            GPTModel(
-                config=config, transformer_layer_spec=spec, vocab_size=PADDED, max_sequence_length=128,
-                pre_process=parallel_state.is_pipeline_first_stage(**where),
-                post_process=parallel_state.is_pipeline_last_stage(**where), parallel_output=True,
-                share_embeddings_and_output_weights=layout.tied, position_embedding_type="rope", rotary_base=10000,
-                vp_stage=vp_stage, mtp_block_spec=mtp,
-            )
-        )  # fmt: skip
+        with virtual_stage(vp_stage):
+            extra = taken(specs.get_gpt_decoder_block_spec, normalization="RMSNorm", vp_stage=vp_stage)
+            spec = copy.deepcopy(specs.get_gpt_decoder_block_spec(config, use_transformer_engine=False, **extra))
+            options = {"vp_stage": vp_stage}
+            if layout.model == "mtp":
+                extra = taken(specs.get_gpt_mtp_block_spec, vp_stage=vp_stage)
+                mtp = specs.get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False, **extra)
+                options["mtp_block_spec"] = mtp
+            for part in (spec, options.get("mtp_block_spec")):
+                if part is not None:
+                    _swap(part, replacements)
+            first, last = pipeline_ends(vp_stage)
+            chunks.append(
+                GPTModel(
+                    config=config, transformer_layer_spec=spec, vocab_size=PADDED, max_sequence_length=128,
+                    pre_process=first, post_process=last, parallel_output=True,
+                    share_embeddings_and_output_weights=layout.tied, position_embedding_type="rope",
+                    rotary_base=10000, **taken(GPTModel, **options),
+                )
+            )  # fmt: skip
     frozen = dict(layout.config).get("frozen")
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
@@ -249,6 +253,13 @@ def sharded(chunks: list[nn.Module]) -> Iterator[tuple[Any, Tensor]]:
                 yield value, value.data
 
 
+def place(shard: Any) -> tuple[Any, ...]:
+    """Where a ShardedTensor's part lies in the whole tensor; releases after 0.19 have no method for it."""
+    leading, offsets = shard.global_offset[: shard.prepend_axis_num], shard.global_offset[shard.prepend_axis_num :]
+    parts = zip(offsets, shard.local_shape, strict=True)
+    return (*leading, *(slice(offset, offset + size) for offset, size in parts))
+
+
 @cache
 def _whole(key: str, shape: tuple[int, ...]) -> Tensor:
     generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
@@ -268,7 +279,7 @@ def fill(chunks: list[nn.Module], rounded: torch.dtype | None = None) -> None:
                 value[:VOCAB] = _whole(shard.key, (VOCAB, *shape[1:]))
             else:
                 value = _whole(shard.key, shape)
-            part = value[shard.global_slice()]
+            part = value[place(shard)]
             tensor.copy_(part if rounded is None else part.to(rounded))
 
 
@@ -283,7 +294,7 @@ def pieces(chunks: list[nn.Module]) -> list[Piece]:
                 gradient = getattr(parameter, "main_grad", parameter.grad)
                 value = torch.zeros_like(parameter) if gradient is None or not parameter.requires_grad else gradient
                 parameter.data = value.detach().double()
-    return [(s.key, s.global_slice(), tuple(s.global_shape), t.detach().clone()) for s, t in sharded(chunks)]
+    return [(s.key, place(s), tuple(s.global_shape), t.detach().clone()) for s, t in sharded(chunks)]
 
 
 def assemble(ranks: list[list[Piece]]) -> tuple[dict[str, Tensor], float]:
@@ -321,10 +332,10 @@ class Outcome:
 def parallel_world(layout: Layout) -> Iterator[None]:
     from megatron.core import parallel_state, tensor_parallel
 
-    from megatron_oisd.runtime import distributed
+    from megatron_oisd.runtime import cpu, distributed
 
-    distributed.initialize()
-    parallel_state.destroy_model_parallel()
+    cpu.install()
+    dist.init_process_group("gloo")
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp, context_parallel_size=layout.cp,
@@ -514,8 +525,6 @@ def run_layout(layout: Layout, batch: Rollouts) -> Outcome:
 
 def gather_shards(chunk: Any) -> None:
     """The distributed optimizer leaves each data-parallel rank its own shard of every gradient bucket."""
-    import torch.distributed as dist
-
     for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
         group = buffer.data_parallel_group
         for bucket in buffer.buckets:
@@ -600,16 +609,32 @@ class DenseLosses:
         positions = sampled_key_positions(t - first, self.oisd.attn_window, self.oisd.attn_global_keys)
         return [first + position for position in positions]
 
-    def backward(self) -> dict[str, float]:
-        from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
+    @property
+    def loss_tokens(self) -> float:
+        """What the sum of the policy loss is divided by."""
+        return float(self.batch.mask.sum())
 
+    def log_probs(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """``[s]`` log-probability of each target under the policy; ``logits`` has the padding's columns too."""
+        return logits[:, :VOCAB].log_softmax(-1).gather(-1, targets.unsqueeze(1)).squeeze(1)
+
+    def policy_loss(self, row: int, log_probs: Tensor, advantage: Tensor) -> Tensor:
+        """``[s]`` loss of each prediction of a sequence."""
+        from megatron_oisd.losses import reference as ref
+
+        return ref.policy_loss(log_probs, self.batch.old_log_probs[row].double(), advantage, 0.2, 0.2, 10.0)
+
+    def backward(self) -> dict[str, float]:
         from megatron_oisd.losses import reference as ref
 
         batch, oisd, layers = self.batch, self.oisd, self.oisd.layers
         total_tokens, count = batch.mask.sum(), len(batch.tokens)
         names = [f"oisd/{kind}/layer_{n}" for kind in ("think", "attn") for n in layers]
         values = dict.fromkeys(["loss", *names], 0.0)
-        MTPLossAutoScaler.set_loss_scale(1.0 / total_tokens.double())
+        if self.layout.model == "mtp":
+            from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
+
+            MTPLossAutoScaler.set_loss_scale(1.0 / total_tokens.double())
         for i in range(count):
             tokens, where = batch.tokens[i : i + 1], batch.mask[i].nonzero().flatten().tolist()
             positions = torch.arange(LENGTH).unsqueeze(0)
@@ -623,10 +648,10 @@ class DenseLosses:
                 final = self._lens(self.kept["hidden", 4][:, 0]).detach()
             else:
                 final = output[0, :, :VOCAB]
-                log_probs = final.log_softmax(-1).gather(-1, targets[0].unsqueeze(1)).squeeze(1)
-            per_token = ref.policy_loss(log_probs, batch.old_log_probs[i].double(), advantage, 0.2, 0.2, 10.0)[where]
+                log_probs = self.log_probs(output[0], targets[0])
+            per_token = self.policy_loss(i, log_probs, advantage)[where]
             # A microbatch of one sequence: its token mean, averaged over microbatches.
-            policy = per_token.sum() / total_tokens if self.layout.per_token_loss else per_token.mean() / count
+            policy = per_token.sum() / self.loss_tokens if self.layout.per_token_loss else per_token.mean() / count
             share = len(where) / total_tokens if oisd.aggregation == "token" else 1.0 / count
             values["loss"] += per_token.sum().item()
             total = policy

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import io
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from megatron_oisd.rl.metrics_log import read_metrics
+from tests.helpers.checkpoints import make_hf_checkpoint
 from tests.helpers.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,6 +45,19 @@ def make_workspace(folder: Path) -> Path:
     """Write a random tiny model as Megatron checkpoint, and arithmetic problems."""
     load_script("examples/quickstart/make_model.py").make_random_model(folder / "hf", seed=0)
     load_script("examples/quickstart/arithmetic.py").write_split(folder / "train.jsonl", "train", 64, seed=0)
+    run_ranks(1, _convert, folder / "hf", folder / "mcore")
+    return folder
+
+
+def make_experts_workspace(workspace: Path, folder: Path) -> Path:
+    """The same with four experts in three of four layers, of Qwen3-MoE."""
+    make_hf_checkpoint(
+        folder / "hf", tied=False, family="Qwen3Moe", vocab_size=384, max_position_embeddings=512, mlp_only_layers=[1],
+        norm_topk_prob=False, output_router_logits=True, router_aux_loss_coef=0.5,
+    )  # fmt: skip
+    for path in [*(workspace / "hf").glob("*token*"), workspace / "hf" / "chat_template.jinja"]:
+        shutil.copy(path, folder / "hf")
+    shutil.copy(workspace / "train.jsonl", folder)
     run_ranks(1, _convert, folder / "hf", folder / "mcore")
     return folder
 
@@ -84,18 +99,18 @@ def read_lines(output: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if not k.startswith(clock)} for line in read_metrics(output)]
 
 
+def read_weights(checkpoints: Path, target: Path) -> dict[str, Any]:
+    """The newest weights in a Megatron checkpoint directory under HF names, read through the converter."""
+    from safetensors.torch import load_file
+
+    run_ranks(1, _export, checkpoints, target)
+    return {name: tensor for path in target.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
 def _export(checkpoints: Path, target: Path) -> None:
     from megatron_oisd.convert.mcore_to_hf import convert_mcore_to_hf
 
     convert_mcore_to_hf(checkpoints, target, progress=False)
-
-
-def exported_weights(output: Path, target: Path) -> dict[str, torch.Tensor]:
-    """The final weights of a run, read through the converter."""
-    from safetensors.torch import load_file
-
-    run_ranks(1, _export, output / "checkpoints", target)
-    return {name: tensor for path in target.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:

@@ -38,19 +38,21 @@ def load(path: str) -> Any:
 
 def check_engine(path: str, multiprocess: bool) -> dict[str, Any]:
     """Random weights, two refreshes, one that breaks off, one that mends it."""
+    from megatron_oisd.convert.fused import split_views
     from megatron_oisd.errors import OISDError
     from megatron_oisd.rl.rollout.base import SamplingParams
     from megatron_oisd.rl.rollout.vllm_engine import VLLMEngine
 
     sampling = SamplingParams(max_new_tokens=16)
     model = load(path)
+    weights = split_views(model.state_dict())  # follows the model
     engine = VLLMEngine(
         path, eos_token_ids=[1], sampling=sampling, load_weights=False, multiprocess=multiprocess, memory_fraction=0.1
     )
     result: dict[str, Any] = {"errors": [], "unlike_before": []}
     earlier = engine.generate(PROMPTS, sampling, samples_per_prompt=3, seeds=[1, 2, 3])
     for version in (1, 2):
-        engine.update_weights(iter(model.state_dict().items()), version=version)
+        engine.update_weights(iter(weights.items()), version=version)
         groups = engine.generate(PROMPTS, sampling, samples_per_prompt=3, seeds=[1, 2, 3])
         result["errors"].append(worst_log_prob_error(model, groups))
         result["unlike_before"].append(groups != earlier)
@@ -60,10 +62,13 @@ def check_engine(path: str, multiprocess: bool) -> dict[str, Any]:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(1.3)
+    # More tokens than one step of the engine takes: the prompt at the border may not be split.
+    crowd = engine.generate([[2 + i % 20] * 97 for i in range(120)], sampling, seeds=list(range(120)))
+    result["crowd"] = [len(group) for group in crowd].count(1)
     result["refusals"] = []
     for action in (
         lambda: engine.update_weights(
-            ((name, tensor) for name, tensor in model.state_dict().items() if name != "model.norm.weight"), version=3
+            ((name, tensor) for name, tensor in weights.items() if name != "model.norm.weight"), version=3
         ),
         lambda: engine.generate(PROMPTS, sampling, seeds=[1, 2, 3]),
         lambda: engine.generate(PROMPTS, SamplingParams(max_new_tokens=4, temperature=0.5), seeds=[1, 2, 3]),
@@ -73,7 +78,7 @@ def check_engine(path: str, multiprocess: bool) -> dict[str, Any]:
             action()
         except OISDError as error:
             result["refusals"].append(str(error))
-    engine.update_weights(iter(model.state_dict().items()), version=3)
+    engine.update_weights(iter(weights.items()), version=3)
     result["errors"].append(worst_log_prob_error(model, engine.generate(PROMPTS, sampling, seeds=[1, 2, 3])))
     engine.close()
     return result

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_oisd.losses import reference
-from megatron_oisd.losses.advantage import group_advantages, signed_weight
+from megatron_oisd.losses.advantage import alignment_weight, group_advantages
 from megatron_oisd.losses.grpo import policy_loss, vocab_parallel_log_probs
 from tests.helpers.ranks import run_ranks
 
@@ -75,4 +75,7 @@ def test_advantages_are_group_normalised():
     torch.testing.assert_close(advantages[0], expected, rtol=1e-5, atol=0)
     assert (advantages[1:] == 0).all()
     assert (group_advantages(torch.ones(3, 1)) == 0).all()
-    assert signed_weight(torch.tensor([-3.0, 0.2, 3.0]), 1.0).tolist() == pytest.approx([-1.0, 0.2, 1.0])
+    advantages = torch.tensor([-3.0, 0.2, 3.0])
+    assert alignment_weight(advantages, 1.0).tolist() == pytest.approx([-1.0, 0.2, 1.0])
+    assert alignment_weight(advantages, 1.0, "absolute").tolist() == pytest.approx([1.0, 0.2, 1.0])
+    assert alignment_weight(advantages, 1.0, "none").tolist() == [1.0, 1.0, 1.0]

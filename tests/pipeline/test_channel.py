@@ -230,6 +230,8 @@ def test_the_bound_holds_under_megatrons_interleaved_schedule(stages, chunks, gr
     """Megatron's own tables say which chunk every forward and backward is of."""
     from megatron.core.pipeline_parallel import schedules
 
+    if not hasattr(schedules, "get_schedule_table"):
+        pytest.skip("Megatron-Core has this since 0.12")
     count = 4 * group
     table = schedules.get_schedule_table(count, chunks, group)
     for stage in range(stages):

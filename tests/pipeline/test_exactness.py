@@ -42,6 +42,8 @@ CASES = [
     Case(pp=2),
     Case(pp=2, tied=False),
     Case(pp=2, oisd=NO_HEAD),
+    Case(pp=2, oisd=replace(OISD, advantage_weighting="absolute")),
+    Case(pp=2, micro_batch=2, oisd=replace(OISD, advantage_weighting="none")),
     Case(pp=2, tied=False, oisd=NO_HEAD),
     Case(pp=2, oisd=replace(SEVERAL, attn_queries=4, aggregation="token"), micro_batch=2),
     Case(pp=2, oisd=replace(OISD, layers=(3,)), tied=False),

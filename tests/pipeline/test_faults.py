@@ -478,8 +478,8 @@ DISAGREEMENTS: dict[str, Any] = {
     # Other process groups, other messages or none: these would hang.
     "layers": (3,), "lambda_think": 0.0, "lambda_attn": 0.0, "head_gradient": False, "teacher_payload": "logits",
     # The same messages with another meaning: these would train on something that nobody asked for.
-    "temperature": 2.0, "seed": 1, "advantage_clip": 0.5, "attn_queries": 2, "chunk_tokens": 7,
-    "vocab_size": VOCAB - 1, "microbatches_in_flight": 4,
+    "temperature": 2.0, "seed": 1, "advantage_clip": 0.5, "advantage_weighting": "none", "attn_queries": 2,
+    "chunk_tokens": 7, "vocab_size": VOCAB - 1, "microbatches_in_flight": 4,
 }  # fmt: skip
 
 

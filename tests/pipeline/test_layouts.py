@@ -10,22 +10,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import megatron.core
 import pytest
-from packaging.version import Version
 
 from tests.helpers.mcore import Layout, judge, reference
+from tests.helpers.releases import skip_before
 from tests.layouts import LAYOUTS
-
-# What Megatron-Core itself refuses before this release.
-SINCE = {"TP 4, more ranks than key heads": "0.16"}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_loss_and_every_gradient_equal_the_reference(layout):
-    since = SINCE.get(layout.name, "0")
-    if Version(megatron.core.__version__) < Version(since):
-        pytest.skip(f"Megatron-Core has this since {since}")
+    skip_before(layout.name, *dict(layout.config))
     verdict = judge(layout)
     assert verdict.within(layout.tolerance), verdict
 
@@ -37,6 +31,7 @@ def test_names_are_unique():
 @pytest.mark.parametrize("model", ["dense", "moe", "mla", "window"])
 def test_the_comparison_can_fail(model):
     """OISD changes every model's gradients by far more than any tolerance, so agreement means something."""
+    skip_before({"moe": "MoE", "mla": "MLA", "window": "sliding windows"}.get(model, model))
     layout = Layout("with", model=model)
     _, with_oisd = reference(layout)
     _, without = reference(replace(layout, oisd=None))

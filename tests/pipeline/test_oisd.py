@@ -202,7 +202,8 @@ REFUSED = {
 # Options that some tested release does not have (yet).
 NEWER = {
     *("use_mup", "fine_grained_activation_offloading", "experimental_attention_variant", "gtp_weight_remat_size"),
-    *("enable_mhc_connections", "enable_hyper_connections"),
+    *("enable_mhc_connections", "enable_hyper_connections", "overlap_moe_expert_parallel_comm", "fp4"),
+    *("cuda_graph_impl", "softmax_type"),
 }
 ATTENTION_ONLY = {
     "softmax_type": "off-by-one",

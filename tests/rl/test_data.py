@@ -97,7 +97,12 @@ GOOD = {"messages": [USER], "ground_truth": "2"}
         ({"messages": [USER], "ground_truth": "2", "data_source": 4}, "data_source is a int"),
         ({"messages": [{"role": "user", "content": "\ud800"}], "ground_truth": "2"}, "not UTF-8"),
         ([1, 2], "a JSON list"),
+        (
+            {"messages": [{"role": "user", "content": "x" * 10 * 2**20}], "ground_truth": "2"},
+            "a prompt of 10,485,760 characters, expected at most 1,000,000",
+        ),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_bad_row_is_named(tmp_path: Path, entry: Any, said: str) -> None:
     path = jsonl_file(tmp_path / "bad.jsonl", GOOD, entry)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from megatron_oisd.errors import OISDError
-from megatron_oisd.rl.metrics_log import MetricsLog, read_metrics
+from megatron_oisd.rl.metrics_log import SAMPLES, MetricsLog, RolloutSample, WandbRun, read_metrics
 
 
 def test_a_step_is_one_json_line(tmp_path: Path) -> None:
@@ -148,3 +148,47 @@ def test_tensorboard_holds_the_same_numbers(tmp_path: Path) -> None:
     }
     assert [event.step for event in events.Scalars("sometimes")][:1] == [1]
     assert 2 not in [event.step for event in events.Scalars("sometimes")]
+
+
+def test_megatron_names_stand_beside_the_others_in_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with MetricsLog(tmp_path) as log:
+        log.write(1, {"actor/lr": 0.5, "actor/grad_norm": 2.0, "timing_s/step": 3.0, "other": 1.0})
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    found = {name: events.Scalars(name)[0].value for name in ("learning-rate", "grad-norm", "iteration-time")}
+    assert found == {"learning-rate": 0.5, "grad-norm": 2.0, "iteration-time": 3.0}
+    assert "learning-rate" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_samples_are_readable_text(tmp_path: Path) -> None:
+    sample = RolloutSample(prompt="1+1?", response="\\boxed{2} ½", ground_truth="2", reward=1.0, finish_reason="stop")
+    with MetricsLog(tmp_path, tensorboard=False) as log:
+        log.write_samples(10, [sample, sample])
+    text = (tmp_path / SAMPLES / "step_0000010.txt").read_text(encoding="utf-8")
+    assert text.count("[prompt]\n1+1?\n[response]\n\\boxed{2} ½\n") == 2
+    assert "--- 2 of 2: reward 1, ended by stop, truth 2" in text
+
+
+def test_wandb_runs_offline(tmp_path: Path) -> None:
+    pytest.importorskip("wandb", reason="needs wandb (extra wandb)")
+    run = WandbRun("oisd-tests", name="one", mode="offline", config={"lr": 1e-3})
+    with MetricsLog(tmp_path, tensorboard=False, wandb=run) as log:
+        log.write(1, {"critic/rewards/mean": 0.25, "not finite": math.inf})
+        log.write(2, {"critic/rewards/mean": 0.5})
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    deadline = time.monotonic() + 60
+    while not all(text in (content := file.read_bytes()) for text in (b"critic/rewards/mean", b"oisd-tests", b"0.25")):
+        assert time.monotonic() < deadline, content  # its service writes a little later
+        time.sleep(0.1)
+    assert b"not finite" not in content
+
+
+def test_wandb_that_is_missing_names_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(OISDError, match=r"pip install 'megatron_oisd\[wandb\]'"):
+        MetricsLog(tmp_path, tensorboard=False, wandb=WandbRun("p", name="n", mode="offline", config={}))

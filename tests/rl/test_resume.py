@@ -18,13 +18,15 @@ import time
 
 import pytest
 
+from megatron_oisd.convert.manifest import MANIFEST
 from megatron_oisd.rl.preemption import REQUEUE_EXIT_CODE
 from tests.helpers.ranks import kill_ranks, run_ranks
 from tests.helpers.training import (
     ROOT,
     assert_same_weights,
-    exported_weights,
+    load_script,
     read_lines,
+    read_weights,
     run_training,
     training_arguments,
 )
@@ -58,7 +60,7 @@ def test_twenty_sigkills_lose_nothing(workspace, tmp_path):
     assert killed == whole
     assert max(line["rollout/rounds"] for line in whole) == 2
     assert_same_weights(
-        exported_weights(tmp_path / "whole", tmp_path / "a"), exported_weights(tmp_path / "killed", tmp_path / "b")
+        *(read_weights(tmp_path / name / "checkpoints", tmp_path / f"{name} hf") for name in ("whole", "killed"))
     )
     assert list((tmp_path / "killed" / "rollout_state").iterdir()) == []
 
@@ -77,7 +79,9 @@ def test_a_run_goes_on_at_another_layout(workspace, tmp_path, distributed_optimi
         assert mine["critic/rewards/mean"] == theirs["critic/rewards/mean"]
         for name in ("actor/loss", "actor/grad_norm", "actor/entropy", "oisd/think/layer_2", "oisd/attn/layer_2"):
             assert theirs[name] == pytest.approx(mine[name], rel=2e-3, abs=2e-5), (mine["step"], name)
-    one_weights, other_weights = exported_weights(whole, tmp_path / "a"), exported_weights(moved, tmp_path / "b")
+    one_weights, other_weights = (
+        read_weights(run / "checkpoints", tmp_path / f"{run.name} hf") for run in (whole, moved)
+    )
     # In norm: Adam moves an element whose gradient is nearly 0 by a full step in a direction that rounding decides.
     norms = {name: weights.norm().item() for name, weights in one_weights.items()}
     worst = max((one_weights[name] - other_weights[name]).norm().item() / norms[name] for name in norms)
@@ -93,7 +97,7 @@ def test_an_optimizer_saved_for_one_layout_loads_there_only(workspace, tmp_path)
         2, run_training, training_arguments(workspace, tmp_path / "parts", **common | elsewhere)
     ):
         assert code == 2
-        assert "TP 1 x PP 2" in text or "cannot be loaded" in text
+        assert "was saved at TP 1 x PP 2 for that layout only" in text
     _train(training_arguments(workspace, tmp_path / "parts", num_steps=4, resume=True, **common))
     assert read_lines(tmp_path / "parts") == read_lines(tmp_path / "whole")
 
@@ -122,6 +126,33 @@ def test_a_run_that_is_asked_to_leave_checkpoints_and_goes_on(workspace, tmp_pat
     _train(training_arguments(workspace, output, resume=True, **steps), world_size=1)
     _train(training_arguments(workspace, tmp_path / "whole", **steps), world_size=1)
     assert read_lines(output) == read_lines(tmp_path / "whole")
+
+
+def test_checkpoints_have_manifests_that_resuming_does_not_need(workspace, tmp_path, capsys):
+    """Every rank's files are in it, the tool reads them against it, and a run goes on without."""
+    _train(training_arguments(workspace, tmp_path, num_steps=2, save_interval=1, use_distributed_optimizer=True))
+    checkpoints, verify = tmp_path / "checkpoints", load_script("tools/verify_checkpoint.py").main
+    for number in (1, 2):
+        directory = checkpoints / f"iter_{number:07d}"
+        files = sorted(path.name for path in directory.iterdir() if path.name != MANIFEST)
+        assert {"__0_0.distcp", "__1_0.distcp", ".metadata"} <= set(files)
+        assert sorted(json.loads((directory / MANIFEST).read_text())["files"]) == files
+        assert verify(["--mcore", str(checkpoints), "--iteration", str(number)]) == 0
+        assert f"{directory}: all {len(files)} files are as written" in capsys.readouterr().out
+    stored = checkpoints / "iter_0000002" / "__1_0.distcp"
+    data = bytearray(stored.read_bytes())
+    data[len(data) // 2] ^= 1
+    stored.write_bytes(data)
+    assert verify(["--mcore", str(checkpoints)]) == 2
+    assert f"{stored} is damaged or was changed" in capsys.readouterr().err
+    data[len(data) // 2] ^= 1
+    stored.write_bytes(data)
+    manifests = list(checkpoints.rglob(MANIFEST))
+    assert len(manifests) == 3  # two iterations and hf/
+    for path in manifests:
+        path.unlink()
+    _train(training_arguments(workspace, tmp_path, num_steps=3, resume=True, use_distributed_optimizer=True))
+    assert [line["step"] for line in read_lines(tmp_path)] == [1, 2, 3]
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(workspace, tmp_path):

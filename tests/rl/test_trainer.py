@@ -59,18 +59,20 @@ def test_tensor_parallel_and_plain_grpo_take_the_same_first_step(workspace, tmp_
     assert plain["actor/grad_norm"] != pytest.approx(norms["pp"], rel=2e-4)
 
 
-def test_one_step_on_the_papers_training_set(workspace, tmp_path):
+def test_five_steps_on_the_papers_training_set(workspace, tmp_path):
     if not (DATA / "deepmath-5k.parquet").is_file():
         pytest.skip("the DeepMath-5k parquet file is not here: set OISD_DATA to its folder")
     arguments = training_arguments(
-        workspace, tmp_path / "deepmath", num_steps=1, data=DATA / "deepmath-5k.parquet", max_prompt_tokens=1024,
+        workspace, tmp_path / "deepmath", num_steps=5, data=DATA / "deepmath-5k.parquet", max_prompt_tokens=1024,
         limit_prompts=200, reward="math_verify",
     )  # fmt: skip
     for code, text in run_ranks(2, run_training, arguments):
         assert code == 0, text
-    (line,) = read_lines(tmp_path / "deepmath")
-    assert line["response_length/mean"] > 0
-    assert "oisd/think/layer_2" in line
+    lines = read_lines(tmp_path / "deepmath")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    for line in lines:
+        assert line["response_length/mean"] > 0
+        assert "oisd/think/layer_2" in line
 
 
 @pytest.mark.parametrize(

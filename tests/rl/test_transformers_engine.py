@@ -9,9 +9,11 @@ import pytest
 import torch
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
+from megatron_oisd.convert.hf_files import SafetensorsDirectory
 from megatron_oisd.errors import OISDError
 from megatron_oisd.rl.rollout.base import INCONSISTENT_VERSION, Rollout, SamplingParams
 from megatron_oisd.rl.rollout.transformers_engine import TransformersEngine
+from tests.helpers.checkpoints import make_hf_checkpoint
 
 EOS, PAD, VOCABULARY = 2, 0, 24
 PROMPTS = [[5, 6, 7, 8, 9, 10], [3], [11, 12, 13], [4, 4, 4, 4]]
@@ -208,6 +210,36 @@ def test_bad_refreshes_are_named_and_void_the_version(change, message: str) -> N
     assert engine.weights_version == INCONSISTENT_VERSION
 
 
+def test_experts_are_streamed_one_by_one(tmp_path: Path) -> None:
+    """transformers holds them fused in memory; what a router is asked for in training must not disturb sampling."""
+    from transformers import AutoModelForCausalLM
+
+    def engine(name: str, seed: float) -> TransformersEngine:
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(seed)
+        return TransformersEngine(model, eos_token_id=EOS, pad_token_id=PAD)
+
+    for name, split in (("split", True), ("fused", False)):
+        make_hf_checkpoint(
+            tmp_path / name, tied=False, family="Qwen3Moe", split_experts=split, mlp_only_layers=[2],
+            output_router_logits=True,
+        )  # fmt: skip
+    weights = dict(SafetensorsDirectory(tmp_path / "split"))
+    assert any(".experts.3.up_proj." in name for name in weights)
+    other, sampling = engine("split", 0.7), SamplingParams(max_new_tokens=10)
+    expected = engine("split", 1.0).generate(PROMPTS, sampling, seeds=[4] * 4)
+    assert other.generate(PROMPTS, sampling, seeds=[4] * 4) != expected
+    other.update_weights(iter(weights.items()), version=7)
+    assert_same(other.generate(PROMPTS, sampling, seeds=[4] * 4), expected)
+    missing = "model.layers.1.mlp.experts.2.down_proj.weight"
+    with pytest.raises(OISDError, match=rf"1 weights missing from the refresh, first '{missing}'"):
+        other.update_weights(((name, weights[name]) for name in weights if name != missing), version=8)
+    with pytest.raises(OISDError, match=r"experts\.(down|gate_up)_proj' is unknown"):
+        other.update_weights(iter(dict(SafetensorsDirectory(tmp_path / "fused")).items()), version=9)
+
+
 def test_from_pretrained_round_trip(tmp_path: Path) -> None:
     make_model().save_pretrained(tmp_path)
     sampling = SamplingParams(max_new_tokens=8)
@@ -244,3 +276,16 @@ def test_a_closed_engine_says_so() -> None:
     engine.close()
     with pytest.raises(RuntimeError, match="closed"):
         engine.generate(PROMPTS, SamplingParams(max_new_tokens=4), seeds=[0] * 4)
+
+
+def test_a_woken_engine_samples_only_after_an_update() -> None:
+    engine, sampling = make_engine(), SamplingParams(max_new_tokens=8)
+    expected = engine.generate(PROMPTS, sampling, seeds=[1] * 4)
+    weights = {name: tensor.clone() for name, tensor in make_model().state_dict().items()}
+    engine.sleep()
+    assert engine.weights_version == INCONSISTENT_VERSION
+    engine.wake()
+    assert engine.weights_version == INCONSISTENT_VERSION
+    engine.update_weights(iter(weights.items()), version=3)
+    assert engine.weights_version == 3
+    assert_same(engine.generate(PROMPTS, sampling, seeds=[1] * 4), expected)

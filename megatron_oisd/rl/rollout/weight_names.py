@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_oisd.convert.fused import split_views
 from megatron_oisd.errors import OISDError
 
 
@@ -16,7 +17,8 @@ class ExpectedWeights:
     """The names and shapes of a model's tensors.
 
     Args:
-        tensors: a model's ``state_dict(keep_vars=True)``, on any device; tied names share one object.
+        tensors: a model's ``state_dict(keep_vars=True)``, on any device, with its experts one by one
+            (:func:`~megatron_oisd.convert.fused.split_views`); tied names share one object.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -34,7 +36,7 @@ class ExpectedWeights:
 
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        return cls(model.state_dict(keep_vars=True))
+        return cls(split_views(model.state_dict(keep_vars=True)))
 
     def tied_with(self, name: str) -> list[str]:
         """All names of the tensor that ``name`` names."""

@@ -1,0 +1,224 @@
+"""What the runs of a study say: means and intervals over seeds, differences paired by seed, compute-matched ones.
+
+Rows are one finished run at one number of steps: ``variant``, ``seed``, ``steps``, ``avg_at_8``, ``pass_at_8``,
+``reward_last_10``, ``step_s``, ``rewards``. Seeds are the unit: intervals are Student's t over them, and a difference
+is that of runs with the same seed. With few seeds an interval is wide, and says so.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_oisd.analysis.training_curves import COLOURS, NEUTRAL, STYLE
+from megatron_oisd.errors import OISDError
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A mean over seeds."""
+
+    mean: float
+    low: float
+    """Of the 95% interval; NaN with a single seed, as is ``high``."""
+    high: float
+    count: int
+    p_value: float = math.nan
+    """Of a paired t-test against no difference."""
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Estimate:
+        """Student's t interval, and the t-test against a mean of 0."""
+        stats = _scipy_stats()
+        data = np.asarray(values, dtype=np.float64)
+        count, mean = len(data), float(data.mean())
+        if count < 2:
+            return cls(mean=mean, low=math.nan, high=math.nan, count=count)
+        error = float(data.std(ddof=1)) / math.sqrt(count)
+        half = float(stats.t.ppf(0.975, count - 1)) * error
+        p_value = float(stats.ttest_1samp(data, 0.0).pvalue) if error else math.nan
+        return cls(mean=mean, low=mean - half, high=mean + half, count=count, p_value=p_value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One variant, and what it does beyond the baseline."""
+
+    variant: str
+    result: Estimate
+    difference: Estimate | None
+    """To the baseline at the same number of steps; None for the baseline itself."""
+    matched: Estimate | None
+    """To the baseline trained for as much wall time: at the first of its evaluated numbers of steps that takes it."""
+    cost: float
+    """Time of a step over the baseline's."""
+    matched_steps: int | None
+
+
+def compare(rows: Sequence[Row], *, baseline: str, steps: int, metric: str = "avg_at_8") -> list[Comparison]:
+    """Compare every variant with the baseline.
+
+    Args:
+        rows: see the module.
+        baseline: a variant's name.
+        steps: the number of steps at which variants are compared.
+        metric: a column.
+
+    Raises:
+        OISDError: the baseline has no row, or scipy is missing.
+    """
+    base = _by_seed(rows, baseline, steps)
+    if not base:
+        raise OISDError(f"the study has no finished run of {baseline!r} at {steps} steps: run it first")
+    found = []
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        own = _by_seed(rows, variant, steps)
+        if not own:
+            continue
+        seeds = sorted(own.keys() & base.keys())
+        difference = matched = matched_steps = None
+        cost = 1.0
+        if variant != baseline and seeds:
+            difference = Estimate.of([own[seed][metric] - base[seed][metric] for seed in seeds])
+            cost = float(np.median([own[seed]["step_s"] / base[seed]["step_s"] for seed in seeds]))
+            matched_steps = _first_at_least(rows, baseline, steps * cost)
+            longer = _by_seed(rows, baseline, matched_steps)
+            both = sorted(own.keys() & longer.keys())
+            if both:
+                matched = Estimate.of([own[seed][metric] - longer[seed][metric] for seed in both])
+        found.append(
+            Comparison(
+                variant=variant, result=Estimate.of([row[metric] for row in own.values()]), difference=difference,
+                matched=matched, cost=cost, matched_steps=matched_steps,
+            )
+        )  # fmt: skip
+    return found
+
+
+def write_report(rows: Sequence[Row], directory: str | Path, *, baseline: str, steps: int) -> str:
+    """Write ``study.md``, ``study.json`` and the figure ``study.png`` and ``study.svg``; return the text."""
+    directory = Path(directory)
+    comparisons = compare(rows, baseline=baseline, steps=steps)
+    lines = [
+        f"Avg@8 in per cent at {steps} steps, 95% intervals over seeds (Student's t), differences paired by seed.",
+        "",
+        f"| variant | seeds | Avg@8 | - {baseline} | p | time of a step | - {baseline} at equal time | p | its steps |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in comparisons:
+        cells = [
+            row.variant, str(row.result.count), _cell(row.result), _cell(row.difference, signed=True),
+            _p(row.difference), f"{row.cost:.2f}", _cell(row.matched, signed=True), _p(row.matched),
+            "-" if row.matched_steps is None else str(row.matched_steps),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    text = "\n".join(lines) + "\n"
+    (directory / "study.md").write_text(text, encoding="utf-8")
+    document = [asdict(row) for row in comparisons]
+    (directory / "study.json").write_text(json.dumps(_finite(document), indent=1) + "\n", encoding="utf-8")
+    draw(rows, comparisons, directory / "study.png", baseline=baseline, steps=steps)
+    return text
+
+
+def draw(rows: Sequence[Row], comparisons: Sequence[Comparison], path: Path, *, baseline: str, steps: int) -> None:
+    """Left the training reward of the variants with the most seeds, right each variant's difference to the baseline."""
+    try:
+        import matplotlib as mpl
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise OISDError("drawing needs matplotlib: pip install 'megatron_oisd[rl]'") from error
+    most = max(row.result.count for row in comparisons)
+    main = [row.variant for row in comparisons if row.result.count == most][: len(COLOURS)]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, max(2.6, 0.8 + 0.24 * len(comparisons))), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=[1.1, 1])
+        for colour, variant in zip(COLOURS, main, strict=False):
+            curves = np.array([_smooth(row["rewards"]) for row in _by_seed(rows, variant, steps).values()])
+            x = np.arange(1, curves.shape[1] + 1)
+            left.plot(x, curves.mean(0), color=colour, label=variant, linewidth=1.2)
+            if len(curves) > 1:
+                spread = curves.std(0, ddof=1) / math.sqrt(len(curves))
+                left.fill_between(x, curves.mean(0) - spread, curves.mean(0) + spread, color=colour, alpha=0.15, lw=0)
+        left.set_title("Training reward")
+        left.set_xlabel("step")
+        left.set_ylabel("mean over rollouts (5-step mean, ± s.e.)")
+        left.legend(frameon=False, loc="lower right")
+        others = [row for row in comparisons if row.difference is not None]
+        for number, row in enumerate(others):
+            for estimate, shift, colour, filled in (
+                (row.difference, 0.12, COLOURS[0], True), (row.matched, -0.12, COLOURS[1], False),
+            ):  # fmt: skip
+                if estimate is None:
+                    continue
+                half = 0.0 if math.isnan(estimate.low) else 100 * (estimate.high - estimate.mean)
+                right.errorbar(
+                    100 * estimate.mean, -number + shift, xerr=half, fmt="o", markersize=3.5, capsize=2, color=colour,
+                    markerfacecolor=colour if filled else "white",
+                    label=("equal steps" if filled else "equal time") if number == 0 else None,
+                )  # fmt: skip
+        right.axvline(0.0, color=NEUTRAL, linewidth=0.8)
+        right.set_yticks(
+            [-number for number in range(len(others))], [f"{r.variant} ({r.result.count})" for r in others]
+        )
+        right.set_title(f"Held-out Avg@8 - {baseline}'s")
+        right.set_xlabel("points (95% CI over seeds, their number in brackets)")
+        if others:
+            right.legend(frameon=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for suffix in (".png", ".svg"):
+            figure.savefig(path.with_suffix(suffix), dpi=160)
+
+
+def _scipy_stats() -> Any:
+    try:
+        from scipy import stats
+    except ImportError as error:
+        raise OISDError("the study's statistics need scipy: pip install 'megatron_oisd[study]'") from error
+    return stats
+
+
+def _by_seed(rows: Sequence[Row], variant: str, steps: int | None) -> dict[int, Row]:
+    return {row["seed"]: row for row in rows if row["variant"] == variant and row["steps"] == steps}
+
+
+def _first_at_least(rows: Sequence[Row], variant: str, steps: float) -> int | None:
+    evaluated = sorted({row["steps"] for row in rows if row["variant"] == variant})
+    return next((number for number in evaluated if number >= steps - 1e-9), None)
+
+
+def _smooth(values: Sequence[float], width: int = 5) -> Any:
+    """Trailing mean, shorter at the start."""
+    total = np.cumsum(np.concatenate([[0.0], values]))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - width, 0)
+    return (total[ends] - total[starts]) / (ends - starts)
+
+
+def _cell(estimate: Estimate | None, *, signed: bool = False) -> str:
+    if estimate is None:
+        return "-"
+    sign = "+" if signed else ""
+    mean = f"{100 * estimate.mean:{sign}.1f}"
+    if math.isnan(estimate.low):
+        return mean
+    return f"{mean} ({100 * estimate.low:{sign}.1f} to {100 * estimate.high:{sign}.1f})"
+
+
+def _p(estimate: Estimate | None) -> str:
+    return "-" if estimate is None or math.isnan(estimate.p_value) else f"{estimate.p_value:.3f}"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
