@@ -250,8 +250,10 @@ end_job() {
         say "finished"
         exit $DONE
     fi
-    [[ ! -s $LOGS/train.err ]] || tail -n 20 "$LOGS/train.err"
-    [[ ! -s $LOGS/rank_0.log ]] || { say "the end of $LOGS/rank_0.log:"; tail -n 5 "$LOGS/rank_0.log"; }
+    if [[ -z $ASKED ]] && ((code != AGAIN)); then
+        [[ ! -s $LOGS/train.err ]] || tail -n 20 "$LOGS/train.err"
+        [[ ! -s $LOGS/rank_0.log ]] || { say "the end of $LOGS/rank_0.log:"; tail -n 5 "$LOGS/rank_0.log"; }
+    fi
     # Slurm is ending the job itself: cancelled, or a node failed, and then Slurm requeues it.
     local job_state
     job_state=$(squeue --noheader --jobs "$JOB" --format %T 2>/dev/null)

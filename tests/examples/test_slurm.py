@@ -221,14 +221,20 @@ def test_what_cannot_work_is_refused_at_once_and_not_requeued(jobs, workspace, t
     assert "/nowhere/bin/activate" in python
 
 
-def test_flags_that_the_trainer_refuses_are_not_tried_again(jobs, tmp_path):
-    """Also without a preflight: exit code 2 passes through the launcher."""
-    job = jobs.submit(tmp_path / "run", settings=UNCHECKED, reward="beauty")
-    assert jobs.cluster.wait_for_end([job], LIMIT_S) == ["FAILED"]
-    assert jobs.cluster.job(job)["ExitCode"] == "2:0"
-    assert jobs.restarts(job) == 0
-    assert "error: " in jobs.log(job)
-    assert "not requeued" in jobs.log(job)
+def test_wrong_flags_are_not_tried_again_and_failures_not_for_ever(jobs, tmp_path):
+    """Without a preflight: the trainer's exit code 2 passes through the launcher, and so does that of a crash."""
+    crash = tmp_path / "crash.py"
+    crash.write_text("raise SystemExit(3)")
+    settings = UNCHECKED | {"OISD_ENTRY": str(crash), "OISD_MAX_FAILURES": "1"}
+    wrong = jobs.submit(tmp_path / "wrong", settings=UNCHECKED, reward="beauty")
+    crashes = jobs.submit(tmp_path / "crashes", settings=settings)
+    assert jobs.cluster.wait_for_end([wrong, crashes], LIMIT_S) == ["FAILED"] * 2
+    ends = [(jobs.cluster.job(job)["ExitCode"], jobs.restarts(job)) for job in (wrong, crashes)]
+    assert ends == [("2:0", 0), ("3:0", 1)]
+    assert "error: " in jobs.log(wrong)
+    assert "not requeued" in jobs.log(wrong)
+    assert "failed (3), at checkpoint none: requeued" in jobs.log(crashes)
+    assert "nothing new came of the last 2 starts: not requeued" in jobs.log(crashes)
 
 
 def test_a_sweep_is_an_array_with_a_run_for_each_line(jobs, whole, tmp_path):

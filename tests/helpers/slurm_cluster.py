@@ -254,7 +254,8 @@ def main() -> None:
     reason = missing()
     if reason or len(sys.argv) != 2:
         sys.exit(reason or "usage: python -m tests.helpers.slurm_cluster FOLDER")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):  # shells let what they put in the background ignore the first
+        signal.signal(number, signal.default_int_handler)
     with SlurmCluster(Path(sys.argv[1]).absolute()) as cluster, contextlib.suppress(KeyboardInterrupt):
         print(f"export SLURM_CONF={cluster.environment['SLURM_CONF']} OISD_HOST_FORMAT=127.0.0.1 GLOO_SOCKET_IFNAME=lo")
         print("in another shell; Ctrl-C here ends the cluster", flush=True)
