@@ -130,7 +130,7 @@ def _waiting(shape: Shape, layer: int, steps: int) -> dict[str, Any]:
             if number:  # the first warms up
                 taken["grpo"].append(grpo)
                 taken["step"].append(step)
-                taken["wait"].append(metrics["time/oisd_wait"])
+                taken["wait"].append(metrics["timing_s/oisd_wait"])
         return {
             "stage": updates.oisd._placement.stage_of[layer], "wait_ratio": sum(taken["wait"]) / sum(taken["step"]),
             **{f"{name}_ms": 1000 * harness.Timing.of(values).p50 for name, values in taken.items()},
