@@ -9,6 +9,7 @@ of 32 sequences, padded to the longest.
 from __future__ import annotations
 
 import argparse
+import shlex
 import statistics
 import subprocess
 import sys
@@ -25,36 +26,17 @@ from megatron_oisd.rl.metrics_log import read_metrics
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 2
 PHASES = ("gen", "old_log_prob", "update_actor", "update_weights", "step")
-BASE = [
-    "--seed",
-    "1",
-    "--pp",
-    "2",
-    "--oisd-layers",
-    "2",
-    "--prompts-per-step",
-    "32",
-    "--mini-batch-prompts",
-    "16",
-    "--samples-per-prompt",
-    "8",
-    "--max-prompt-tokens",
-    "128",
-    "--max-response-tokens",
-    "40",
-    "--lr",
-    "3e-4",
-    "--adam-beta2",
-    "0.95",
-    "--save-interval",
-    "1000",
-]
+BASE = shlex.split(
+    "--seed 1 --pp 2 --oisd-layers 2 --prompts-per-step 32 --mini-batch-prompts 16 --samples-per-prompt 8 "
+    "--max-prompt-tokens 128 --max-response-tokens 40 --lr 3e-4 --adam-beta2 0.95 --save-interval 1000"
+)
 PADDED = ["--micro-batch-size", "32"]
 BUDGET = ["--max-tokens-per-microbatch", "4096"]
 VARIANTS = {
     "padded": PADDED,
     "token budget": BUDGET,
     "token budget, GRPO alone": [*BUDGET, "--oisd-lambda-think", "0", "--oisd-lambda-attn", "0"],
+    "token budget, importance sampling": [*BUDGET, "--rollout-is", "token"],
     "token budget, vLLM": [*BUDGET, "--rollout-engine", "vllm"],
 }
 

@@ -218,6 +218,11 @@ class TrainConfig:
         )  # fmt: skip
 
     @property
+    def corrects_for_engine(self) -> bool:
+        """Whether the update depends on how far the engine's log-probabilities are from the trainer's."""
+        return self.rollout_is != "none" or self.rollout_rs != "none"
+
+    @property
     def variable_length(self) -> bool:
         """Whether microbatches differ in shape."""
         return self.max_tokens_per_microbatch is not None

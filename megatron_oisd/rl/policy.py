@@ -55,7 +55,7 @@ class PolicyMicrobatch:
     advantages: Tensor
     """One for each sequence, on CPU."""
     old_log_probs: Tensor | None
-    """``[b, s]`` under the policy that sampled; None in a log-probability pass."""
+    """``[b, s]`` under the policy that sampled; None where that is the policy being updated, see ``gradients``."""
     sequence_ids: list[int]
     """Number of each sequence in the global batch."""
     reference_log_probs: Tensor | None = None
@@ -172,12 +172,7 @@ class PolicyPass:
         """
         with torch.no_grad():
             store = self._run(microbatches, forward_only=True)
-        results = []
-        for index, microbatch in enumerate(microbatches):
-            values = store[index].float() if store else torch.zeros(microbatch.tokens.shape, device=self._device)
-            self._broadcast_from_last(values)
-            results.append(values)
-        return results
+        return [self._from_last(microbatch, store[i : i + 1]) for i, microbatch in enumerate(microbatches)]
 
     def gradients(
         self,
@@ -190,7 +185,8 @@ class PolicyPass:
         """Accumulate the gradients of GRPO + OISD over the microbatches of one optimizer step.
 
         Args:
-            microbatches: this data-parallel rank's; the same number on every rank.
+            microbatches: this data-parallel rank's; the same number on every rank. Those without ``old_log_probs`` are
+                of the policy being updated: they get the log-probabilities of this pass, fp32, zero outside the mask.
             num_sequences: sequences of the global batch; None as in :meth:`OISD.step`.
             num_tokens: response tokens of the global batch; likewise.
             step: number of the optimizer step; None: counted since OISD was attached.
@@ -207,8 +203,13 @@ class PolicyPass:
         )
         with context:
             store = self._run(microbatches, forward_only=False)
-        total = torch.stack(store).sum(0) if store else torch.zeros(len(METRICS), device=self._device)
+        total = torch.zeros(len(METRICS), device=self._device)
+        if store:
+            total = torch.stack([metrics for metrics, _ in store]).sum(0)
         self._broadcast_from_last(total)
+        for index, microbatch in enumerate(microbatches):
+            if microbatch.old_log_probs is None:
+                microbatch.old_log_probs = self._from_last(microbatch, [own for _, own in store[index : index + 1]])
         if group_size(self.groups.dp) > 1:
             dist.all_reduce(total, group=self.groups.dp)
         *sums, tokens = total.tolist()
@@ -217,6 +218,12 @@ class PolicyPass:
     @property
     def _device(self) -> torch.device:
         return next(self.chunks[0].parameters()).device
+
+    def _from_last(self, microbatch: PolicyMicrobatch, computed: Sequence[Tensor]) -> Tensor:
+        """A microbatch's log-probabilities on every rank of the pipeline, which only the last ``computed``."""
+        values = computed[0].float() if computed else torch.zeros(microbatch.tokens.shape, device=self._device)
+        self._broadcast_from_last(values)
+        return values
 
     def _broadcast_from_last(self, tensor: Tensor) -> None:
         group = self.groups.pp
@@ -275,18 +282,17 @@ class PolicyPass:
 
     def _collect_log_probs(self, batch: PolicyMicrobatch, logits: Tensor, non_loss_data: bool = True) -> Tensor:
         statistics, mask = self._token_statistics(batch, logits)
-        return torch.zeros(mask.shape, dtype=torch.float32, device=logits.device).masked_scatter_(
-            mask, statistics.log_probs.float()
-        )
+        return _in_place(statistics.log_probs, mask)
 
-    def _loss(self, batch: PolicyMicrobatch, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _loss(self, batch: PolicyMicrobatch, logits: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor | None]]:
         """Sum over the microbatch's response tokens; Megatron divides by the global count (token mean)."""
-        assert batch.old_log_probs is not None
         statistics, mask = self._token_statistics(batch, logits)
+        own = _in_place(statistics.log_probs.detach(), mask) if batch.old_log_probs is None else None
+        old = statistics.log_probs.detach() if batch.old_log_probs is None else batch.old_log_probs[mask]
         advantages = batch.token_advantages().to(logits.device)[mask]
         result = policy_loss(
             statistics.log_probs,
-            batch.old_log_probs[mask],
+            old,
             advantages,
             clip_low=self.loss.clip_low,
             clip_high=self.loss.clip_high,
@@ -309,7 +315,12 @@ class PolicyPass:
                 _weighted_sum(kl, weights), num_tokens,
             ]  # fmt: skip
             metrics = torch.stack([value.float() for value in sums])
-        return loss.clone(), num_tokens, metrics
+        return loss.clone(), num_tokens, (metrics, own)
+
+
+def _in_place(values: Tensor, mask: Tensor) -> Tensor:
+    """``values`` of the tokens in the mask, fp32, zero elsewhere."""
+    return torch.zeros(mask.shape, dtype=torch.float32, device=values.device).masked_scatter_(mask, values.float())
 
 
 def _weighted_sum(values: Tensor, weights: Tensor | None) -> Tensor:

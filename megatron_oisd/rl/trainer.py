@@ -197,20 +197,32 @@ class Trainer:
         metrics = _rollout_metrics(experience) | clock.lap("gen")
 
         batch = self._make_batch(experience)
-        batch.old_log_probs = self._log_probs(batch)
-        metrics |= self._correct_for_the_engine(batch) | clock.lap("old_log_prob")
+        rows = self.config.mini_batch_prompts * self.config.samples_per_prompt
+        # The first update computes its own: its weights are those that sampled.
+        known_from = 0 if self.config.corrects_for_engine else rows
+        batch.old_log_probs = torch.zeros(batch.tokens.shape)
+        if known_from < len(batch):
+            batch.old_log_probs[known_from:] = self._log_probs(batch.select(slice(known_from, None)))
+        if self.config.corrects_for_engine:
+            metrics |= self._mismatch(batch) | self._correct_for_the_engine(batch)
+        metrics |= clock.lap("old_log_prob")
         if self.reference is not None:
             with self.reference.in_place():
                 batch.reference_log_probs = self._log_probs(batch)
             metrics |= clock.lap("ref")
 
-        rows = self.config.mini_batch_prompts * self.config.samples_per_prompt
         updates = []
         for start in range(0, len(batch), rows):
-            updates.append(
-                self._update(batch.select(slice(start, start + rows)), (self.step * len(batch) + start) // rows)
-            )
+            part = batch.select(slice(start, start + rows))
+            if start < known_from:
+                part.old_log_probs = None
+            updates.append(self._update(part, (self.step * len(batch) + start) // rows))
+            if start < known_from:
+                assert part.old_log_probs is not None
+                batch.old_log_probs[start : start + rows] = part.old_log_probs
         metrics |= {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
+        if known_from:
+            metrics |= self._mismatch(batch)
         metrics |= clock.lap("update_actor")
 
         self.step += 1
@@ -236,25 +248,37 @@ class Trainer:
 
     def _log_probs(self, batch: RolloutBatch) -> torch.Tensor:
         """``[B, s]`` log-probabilities of the rollouts under the model's weights, equal on every rank."""
-        result = torch.zeros(batch.tokens.shape)
         microbatches = self._microbatches(batch)
-        for microbatch, values in zip(microbatches, self.policy.log_probs(microbatches), strict=True):
-            batch.unpack(microbatch, values.cpu(), result)
+        return self._gather(batch, microbatches, self.policy.log_probs(microbatches))
+
+    def _gather(
+        self, batch: RolloutBatch, microbatches: list[PolicyMicrobatch], values: list[torch.Tensor]
+    ) -> torch.Tensor:
+        """``[B, s]``: per-token values of every data-parallel rank's microbatches."""
+        result = torch.zeros(batch.tokens.shape)
+        for microbatch, part in zip(microbatches, values, strict=True):
+            batch.unpack(microbatch, part.cpu(), result)
         if group_size(self.groups.dp) > 1:  # the others' rows are zero here
             moved = result.to(self.device)
             dist.all_reduce(moved, group=self.groups.dp)
             result = moved.cpu()
         return result
 
+    def _mismatch(self, batch: RolloutBatch) -> dict[str, float]:
+        """How far the engine's log-probabilities are from the trainer's."""
+        assert batch.old_log_probs is not None
+        found = mismatch(batch.old_log_probs, batch.rollout_log_probs, batch.mask)
+        return {
+            f"training/rollout_{name}" if name.startswith("probs") else f"rollout/{name}": value
+            for name, value in found.items()
+        }
+
     def _correct_for_the_engine(self, batch: RolloutBatch) -> dict[str, float]:
-        """Measure the mismatch between engine and trainer, and apply what is asked for against it."""
+        """Apply what is asked for against the mismatch between engine and trainer."""
         config = self.config
         assert batch.old_log_probs is not None
         pair, mask = (batch.old_log_probs, batch.rollout_log_probs), batch.mask
-        metrics = {
-            f"training/rollout_{name}" if name.startswith("probs") else f"rollout/{name}": value
-            for name, value in mismatch(*pair, mask).items()
-        }
+        metrics = {}
         if config.rollout_rs != "none":
             batch.mask = rejection_mask(*pair, mask, level=config.rollout_rs, threshold=config.rollout_rs_threshold)
             metrics["rollout/rs_masked_fraction"] = 1.0 - (batch.mask.sum() / mask.sum().clamp_min(1)).item()
@@ -270,7 +294,7 @@ class Trainer:
         return metrics
 
     def _update(self, batch: RolloutBatch, number: int) -> dict[str, float]:
-        """Optimizer step ``number`` of the run, on one mini-batch."""
+        """Optimizer step ``number`` of the run, on one mini-batch, which gets ``old_log_probs`` if it has none."""
         training, config = self.training, self.config
         if config.loss_agg_mode != "token-mean":
             batch.weights = token_weights(
@@ -280,8 +304,9 @@ class Trainer:
             chunk.train()
             chunk.zero_grad_buffer()  # type: ignore[operator]
         training.optimizer.zero_grad()
+        microbatches = self._microbatches(batch)
         losses = self.policy.gradients(
-            self._microbatches(batch),
+            microbatches,
             num_sequences=max(batch.num_sequences, 1),
             num_tokens=max(int(batch.mask.sum()), 1),
             step=number,
@@ -299,6 +324,9 @@ class Trainer:
             )
         training.scheduler.step(1)
         self.oisd.sync()
+        if batch.old_log_probs is None:
+            own = [part.old_log_probs for part in microbatches if part.old_log_probs is not None]
+            batch.old_log_probs = self._gather(batch, microbatches, own)
         metrics = {f"actor/{name}": value for name, value in losses.items()}
         return metrics | {"actor/grad_norm": grad_norm, "actor/lr": _learning_rate(training)} | self.oisd.metrics()
 

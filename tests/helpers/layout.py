@@ -97,7 +97,8 @@ class Batch:
     tokens: Tensor
     mask: Tensor
     advantages: Tensor
-    old_log_probs: Tensor
+    old_log_probs: Tensor | None
+    """None: of the model itself."""
     reference_log_probs: Tensor | None = None
     importance: Tensor | None = None
 
@@ -124,6 +125,7 @@ def reference(case: Case, batch: Batch) -> tuple[dict[str, float], dict[str, Ten
     """Losses and gradients of the float64 dense reference, in one process."""
     from megatron_oisd.losses import reference as ref
 
+    assert batch.old_log_probs is not None
     model = ref.prepare_model(hf_model(case.tied))
     oisd = case.oisd or OISDConfig(layers=(1,), lambda_think=0.0, lambda_attn=0.0)
     losses = ref.oisd_loss(
@@ -202,7 +204,7 @@ def run_case(case: Case, batch: Batch) -> tuple[dict[str, float], dict[str, Tens
         policy = PolicyPass(chunks, config, oisd, PolicyLossConfig(**dict(case.policy)), groups, VOCAB)
         assert groups.dp is not None
         rollouts = RolloutBatch(
-            batch.tokens, batch.mask, torch.zeros_like(batch.old_log_probs), batch.advantages, batch.lengths,
+            batch.tokens, batch.mask, torch.zeros(batch.mask.shape), batch.advantages, batch.lengths,
             old_log_probs=batch.old_log_probs, reference_log_probs=batch.reference_log_probs,
             importance=batch.importance,
         )  # fmt: skip

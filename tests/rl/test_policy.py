@@ -52,7 +52,8 @@ def dense(case: Case, batch):
         log_p = (model(batch.tokens[i : i + 1]).logits[0] / temperature).log_softmax(-1)
         where = batch.mask[i].nonzero().flatten()
         lp = torch.stack([log_p[t, batch.tokens[i, t + 1]] for t in where])
-        ratio = (lp - batch.old_log_probs[i, where].double()).exp()
+        old = lp.detach() if batch.old_log_probs is None else batch.old_log_probs[i, where].double()
+        ratio = (lp - old).exp()
         advantage = batch.advantages[i].double()
         clipped = ratio.clamp(1 - knobs["clip_low"], 1 + knobs["clip_high"])
         loss = torch.maximum(-advantage * ratio, -advantage * clipped)
@@ -102,6 +103,18 @@ def test_every_variant_is_its_formula(case, importance):
     batch.reference_log_probs = batch.old_log_probs + 0.3 * torch.randn(batch.mask.shape, generator=generator)
     if importance:
         batch.importance = 2 * torch.rand(batch.mask.shape, generator=generator)
+    value, expected = dense(case, batch)
+    for got, gradients in run_ranks(case.world, run_case, case, batch):
+        assert got["loss"] == pytest.approx(value, rel=2e-5)
+        error, name = largest_error(gradients, expected)
+        assert error < TOLERANCE, name
+
+
+@pytest.mark.parametrize(
+    "case", [Case(oisd=None, pp=2), Case(oisd=None, max_tokens=34, packed=True, dp=2, tp=2)], ids=str
+)
+def test_the_policy_that_sampled_needs_no_pass_of_its_own(case):
+    batch = dataclasses.replace(make_batch(8), old_log_probs=None)
     value, expected = dense(case, batch)
     for got, gradients in run_ranks(case.world, run_case, case, batch):
         assert got["loss"] == pytest.approx(value, rel=2e-5)

@@ -84,6 +84,10 @@ def test_corrections_for_the_engine_and_filters(workspace, tmp_path):
         assert theirs["rollout/is_mean"] == pytest.approx(1.0, abs=1e-4)
         assert theirs["rollout/rs_masked_fraction"] == 0
         assert theirs["actor/grad_norm"] == pytest.approx(mine["actor/grad_norm"], rel=1e-3)
+        # Without corrections no pass is made for the first mini-batch; its update tells the log-probabilities.
+        for name in ("rollout/log_prob_diff_max", "rollout/log_prob_diff_mean"):
+            assert theirs[name] == pytest.approx(mine[name], abs=2e-6)
+            assert 0 < mine[name] < 1e-4
     # A limit of one token cuts every response that does not end at once: nothing is left to learn from.
     (line,) = train(workspace, tmp_path / "cut", num_steps=1, max_response_tokens=1, overlong_filtering=True)
     kept = 1 - line["response_length/clip_ratio"]
