@@ -39,7 +39,7 @@ RECIPE = {
     "--prompts-per-step": "32",
     "--mini-batch-prompts": "16",
     "--samples-per-prompt": "8",
-    "--max-tokens-per-microbatch": "4096",
+    "--micro-batch-size": "32",
     "--max-prompt-tokens": "128",
     "--max-response-tokens": "40",
     "--lr": "3e-4",
@@ -47,7 +47,7 @@ RECIPE = {
     "--save-interval": "30",
 }
 
-SMOKE = {"--num-steps": "2", "--prompts-per-step": "4", "--mini-batch-prompts": "2"}
+SMOKE = {"--num-steps": "2", "--prompts-per-step": "4", "--mini-batch-prompts": "2", "--micro-batch-size": "8"}
 SMOKE_MODEL = [
     "--max-steps",
     "4",

@@ -32,11 +32,14 @@ from megatron_oisd.errors import OISDError, command_line
 from megatron_oisd.rl.metrics_log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOLS, QUICKSTART = ROOT / "tools", ROOT / "examples" / "quickstart"
+TOOLS, QUICKSTART, DIAGNOSE = ROOT / "tools", ROOT / "examples" / "quickstart", Path(__file__).with_name("diagnose.py")
 RECIPE = shlex.split(
     "--oisd-layers 2 --prompts-per-step 32 --mini-batch-prompts 16 --samples-per-prompt 8 --max-prompt-tokens 128 "
     "--max-response-tokens 40 --max-tokens-per-microbatch 4096 --lr 3e-4 --adam-beta2 0.95 --log-samples 0"
 )
+
+COUNTING = Lock()
+"""One thread at a time: two runs of a variant would count into the same folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,10 +128,30 @@ def evaluate(output: Path, model: Path, directory: Path, problems: int, log: Pat
     return {"avg_at_8": summary["avg_at_k"], "pass_at_8": summary["pass_at_k"]["8"]}
 
 
+def operations(output: Path, variant: Variant) -> int:
+    """Of a step of the variant, its first: counted once, whatever the seed."""
+    name = directory_name(variant)
+    rows = output / "costs" / f"{name}.jsonl"
+    with COUNTING:
+        if not rows.is_file():
+            rows.parent.mkdir(parents=True, exist_ok=True)
+            call(
+                DIAGNOSE, "--count", "--out", rows, "--", "--load", output / "mcore", "--data",
+                output / "data" / "train.jsonl", "--output", output / "costs" / name, "--num-steps", "1", "--seed",
+                "1", *RECIPE, *variant.flags.split(), log=output / "costs" / f"{name}.log",
+            )  # fmt: skip
+    return int(json.loads(rows.read_text(encoding="utf-8"))["step"])
+
+
+def directory_name(variant: Variant) -> str:
+    """Of its runs."""
+    return variant.name.replace(" ", "_").replace(",", "")
+
+
 def run(arguments: argparse.Namespace, variant: Variant, seed: int) -> list[dict[str, Any]]:
     """One run from start or where it was, and its rows: one for each evaluated number of steps."""
     output: Path = arguments.output
-    directory = output / "runs" / f"{variant.name.replace(' ', '_').replace(',', '')}-{seed}"
+    directory = output / "runs" / f"{directory_name(variant)}-{seed}"
     directory.mkdir(parents=True, exist_ok=True)
     log = directory / "log.txt"
     further = arguments.longer if variant.longer else 0
@@ -154,6 +177,7 @@ def run(arguments: argparse.Namespace, variant: Variant, seed: int) -> list[dict
                 "variant": variant.name, "seed": seed, "steps": mark,
                 **evaluate(output, model, directory / f"evaluation-{mark}", arguments.problems, log),
                 "reward_last_10": statistics.mean(line["critic/rewards/mean"] for line in done[-10:]),
+                "step_flops": operations(output, variant),
                 "step_s": statistics.median(line["timing_s/step"] for line in done),
                 "update_s": statistics.median(line["timing_s/update_actor"] for line in done),
                 "rewards": [round(line["critic/rewards/mean"], 6) for line in done],

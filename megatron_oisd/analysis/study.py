@@ -1,8 +1,9 @@
 """What the runs of a study say: means and intervals over seeds, differences paired by seed, compute-matched ones.
 
 Rows are one finished run at one number of steps: ``variant``, ``seed``, ``steps``, ``avg_at_8``, ``pass_at_8``,
-``reward_last_10``, ``step_s``, ``rewards``. Seeds are the unit: intervals are Student's t over them, and a difference
-is that of runs with the same seed. With few seeds an interval is wide, and says so.
+``reward_last_10``, ``rewards``, ``step_s`` and ``step_flops``, the time and the operations of a step. Seeds are the
+unit: intervals are Student's t over them, and a difference is that of runs with the same seed. With few seeds an
+interval is wide, and says so.
 """
 
 from __future__ import annotations
@@ -49,22 +50,30 @@ class Estimate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Matched:
+    """A variant against the baseline trained as long as one resource lasts that the variant used up."""
+
+    cost: float
+    """Of a variant's step over the baseline's."""
+    steps: int | None
+    """The first of the baseline's evaluated numbers of steps that takes as much; None: none does."""
+    difference: Estimate | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """One variant, and what it does beyond the baseline."""
+    """One variant, and what it does beyond the baseline; None for the baseline itself and without common seeds."""
 
     variant: str
     result: Estimate
     difference: Estimate | None
-    """To the baseline at the same number of steps; None for the baseline itself."""
-    matched: Estimate | None
-    """To the baseline trained for as much wall time: at the first of its evaluated numbers of steps that takes it."""
-    cost: float
-    """Time of a step over the baseline's."""
-    matched_steps: int | None
+    """To the baseline at the same number of steps."""
+    time: Matched | None
+    operations: Matched | None
 
 
 def compare(rows: Sequence[Row], *, baseline: str, steps: int, metric: str = "avg_at_8") -> list[Comparison]:
-    """Compare every variant with the baseline.
+    """Compare every variant with the baseline at equal steps, equal wall time and equal operations.
 
     Args:
         rows: see the module.
@@ -84,23 +93,38 @@ def compare(rows: Sequence[Row], *, baseline: str, steps: int, metric: str = "av
         if not own:
             continue
         seeds = sorted(own.keys() & base.keys())
-        difference = matched = matched_steps = None
-        cost = 1.0
+        difference = time = operations = None
         if variant != baseline and seeds:
             difference = Estimate.of([own[seed][metric] - base[seed][metric] for seed in seeds])
-            cost = float(np.median([own[seed]["step_s"] / base[seed]["step_s"] for seed in seeds]))
-            matched_steps = _first_at_least(rows, baseline, steps * cost)
-            longer = _by_seed(rows, baseline, matched_steps)
-            both = sorted(own.keys() & longer.keys())
-            if both:
-                matched = Estimate.of([own[seed][metric] - longer[seed][metric] for seed in both])
+            time, operations = (
+                _match(rows, own, base, baseline=baseline, steps=steps, resource=resource, metric=metric)
+                for resource in ("step_s", "step_flops")
+            )
         found.append(
             Comparison(
                 variant=variant, result=Estimate.of([row[metric] for row in own.values()]), difference=difference,
-                matched=matched, cost=cost, matched_steps=matched_steps,
+                time=time, operations=operations,
             )
         )  # fmt: skip
     return found
+
+
+def _match(
+    rows: Sequence[Row],
+    own: Mapping[int, Row],
+    base: Mapping[int, Row],
+    *,
+    baseline: str,
+    steps: int,
+    resource: str,
+    metric: str,
+) -> Matched:
+    cost = float(np.median([own[seed][resource] / base[seed][resource] for seed in own.keys() & base.keys()]))
+    needed = _first_at_least(rows, baseline, steps * cost)
+    longer = _by_seed(rows, baseline, needed)
+    both = sorted(own.keys() & longer.keys())
+    difference = Estimate.of([own[seed][metric] - longer[seed][metric] for seed in both]) if both else None
+    return Matched(cost=cost, steps=needed, difference=difference)
 
 
 def write_report(rows: Sequence[Row], directory: str | Path, *, baseline: str, steps: int) -> str:
@@ -110,14 +134,14 @@ def write_report(rows: Sequence[Row], directory: str | Path, *, baseline: str, s
     lines = [
         f"Avg@8 in per cent at {steps} steps, 95% intervals over seeds (Student's t), differences paired by seed.",
         "",
-        f"| variant | seeds | Avg@8 | - {baseline} | p | time of a step | - {baseline} at equal time | p | its steps |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        f"| variant | seeds | Avg@8 | - {baseline} | p | operations of a step | - {baseline} at equal operations | p "
+        f"| its steps | time of a step | - {baseline} at equal time | p | its steps |",
+        "| --- | " + " | ".join(["---:"] * 12) + " |",
     ]
     for row in comparisons:
         cells = [
             row.variant, str(row.result.count), _cell(row.result), _cell(row.difference, signed=True),
-            _p(row.difference), f"{row.cost:.2f}", _cell(row.matched, signed=True), _p(row.matched),
-            "-" if row.matched_steps is None else str(row.matched_steps),
+            _p(row.difference), *_matched_cells(row.operations), *_matched_cells(row.time),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     text = "\n".join(lines) + "\n"
@@ -153,8 +177,9 @@ def draw(rows: Sequence[Row], comparisons: Sequence[Comparison], path: Path, *, 
         left.legend(frameon=False, loc="lower right")
         others = [row for row in comparisons if row.difference is not None]
         for number, row in enumerate(others):
+            longer = row.time.difference if row.time else None
             for estimate, shift, colour, filled in (
-                (row.difference, 0.12, COLOURS[0], True), (row.matched, -0.12, COLOURS[1], False),
+                (row.difference, 0.12, COLOURS[0], True), (longer, -0.12, COLOURS[1], False),
             ):  # fmt: skip
                 if estimate is None:
                     continue
@@ -210,6 +235,13 @@ def _cell(estimate: Estimate | None, *, signed: bool = False) -> str:
     if math.isnan(estimate.low):
         return mean
     return f"{mean} ({100 * estimate.low:{sign}.1f} to {100 * estimate.high:{sign}.1f})"
+
+
+def _matched_cells(matched: Matched | None) -> list[str]:
+    if matched is None:
+        return ["1", "-", "-", "-"]
+    steps = "-" if matched.steps is None else str(matched.steps)
+    return [f"{matched.cost:.2f}", _cell(matched.difference, signed=True), _p(matched.difference), steps]
 
 
 def _p(estimate: Estimate | None) -> str:

@@ -26,7 +26,7 @@ def rows():
         rewards = [0.1 * seed + 0.01 * i for i in range(steps)]
         return {
             "variant": variant, "seed": seed, "steps": steps, "avg_at_8": value, "pass_at_8": 0.9,
-            "reward_last_10": 0.5, "step_s": step_s, "rewards": rewards,
+            "reward_last_10": 0.5, "step_s": step_s, "step_flops": 100 * step_s**0.5, "rewards": rewards,
         }  # fmt: skip
 
     found = []
@@ -52,16 +52,23 @@ def test_an_estimate_is_students():
 
 def test_differences_are_paired_by_seed_and_matched_in_time():
     base, oisd, single = compare(rows(), baseline="GRPO", steps=10)
-    assert (base.variant, base.difference, base.cost) == ("GRPO", None, 1.0)
+    assert (base.variant, base.difference, base.time, base.operations) == ("GRPO", None, None, None)
     assert oisd.difference is not None
     assert oisd.difference.mean == pytest.approx(0.08 / 3)
-    assert oisd.cost == pytest.approx(1.25)
+    assert oisd.time is not None
+    assert oisd.time.cost == pytest.approx(1.25)
     # 12.5 of GRPO's steps take as long: the next evaluated number is 14, where it has 0.02 more.
-    assert oisd.matched_steps == 14
-    assert oisd.matched is not None
-    assert oisd.matched.mean == pytest.approx(0.08 / 3 - 0.02)
+    assert oisd.time.steps == 14
+    assert oisd.time.difference is not None
+    assert oisd.time.difference.mean == pytest.approx(0.08 / 3 - 0.02)
+    assert oisd.operations is not None
+    assert oisd.operations.cost == pytest.approx(1.25**0.5)
+    assert oisd.operations.steps == 12
+    assert oisd.operations.difference is not None
+    assert oisd.operations.difference.mean == pytest.approx(0.08 / 3 - 0.01)
     assert single.difference is not None
-    assert (single.difference.count, single.matched, single.matched_steps) == (1, None, None)  # GRPO never took as long
+    assert single.time is not None
+    assert (single.difference.count, single.time.steps, single.time.difference) == (1, None, None)  # never as long
     with pytest.raises(OISDError, match="no finished run of 'SFT' at 10 steps"):
         compare(rows(), baseline="SFT", steps=10)
 
@@ -70,7 +77,7 @@ def test_the_report_says_what_the_comparison_found(tmp_path: Path):
     text = write_report(rows(), tmp_path, baseline="GRPO", steps=10)
     assert (tmp_path / "study.md").read_text() == text
     assert "| OISD | 3 | 52.7 (" in text
-    assert "| one seed | 1 | 60.0 | +10.0 | - | 4.50 | - | - | - |" in text
+    assert "| one seed | 1 | 60.0 | +10.0 | - | 2.12 | - | - | - | 4.50 | - | - | - |" in text
     document = json.loads((tmp_path / "study.json").read_text())
     assert [row["variant"] for row in document] == ["GRPO", "OISD", "one seed"]
     assert document[2]["result"]["low"] is None
