@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from benchmarks import attention, contenders, harness, losses, overhead, step, topk_error, transport, updates
+from megatron_oisd.analysis.operations import OperationCounter
 
 ROOT = Path(__file__).resolve().parents[1]
 NUMBER = 250_000  # one tensor of a megabyte
@@ -190,21 +189,6 @@ def test_overhead_on_a_tiny_model(tmp_path):
     assert {row["ratio"] for row in rows if row["update"] == "GRPO"} == {1.0}
 
 
-class _Operations(TorchDispatchMode):
-    """PyTorch's own counts; its FlopCounterMode hooks modules, which the gradient within a tap's backward forbids."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        packet = torch.ops.aten.addmm if func._overloadpacket is torch.ops.aten.addmm_ else func._overloadpacket
-        if packet in flop_registry:
-            self.total += flop_registry[packet](*args, **(kwargs or {}), out_val=result)
-        return result
-
-
 def test_operations_of_an_update_are_those_that_pytorch_counts():
     """On one rank, where every matrix product is seen; Megatron's unfused attention computes whole scores."""
     from megatron_oisd.config import OISDConfig
@@ -214,11 +198,11 @@ def test_operations_of_an_update_are_those_that_pytorch_counts():
     was_installed = cpu.is_installed()
     try:
         with updates.Updates(shape) as run:
-            with _Operations() as counter:
+            with OperationCounter() as counter:
                 run.run(oisd=False)
             grpo = counter.total
             run.attach(OISDConfig(layers=(1,), lambda_attn=0.0))
-            with _Operations() as counter:
+            with OperationCounter() as counter:
                 run.run(oisd=True)
             added = counter.total - grpo
     finally:

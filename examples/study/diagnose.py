@@ -5,7 +5,7 @@
 
 The run is the one that ``tools/train_rl.py`` makes with the same flags, on one rank. At every tenth step its first
 update is computed once for each loss alone, from the same rollouts; the step itself is then taken as always. With
-``--count`` one step is taken under torch's ``FlopCounterMode``.
+``--count`` one step is taken and its operations are counted.
 """
 
 from __future__ import annotations
@@ -13,16 +13,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import re
 import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_oisd.analysis.gradients import compare_gradients, draw_gradients
+from megatron_oisd.analysis.operations import OperationCounter
 from megatron_oisd.config import OISDConfig
 from megatron_oisd.errors import OISDError, command_line
 from megatron_oisd.pipeline.oisd import OISD
@@ -32,7 +31,6 @@ from megatron_oisd.rl.trainer import Trainer
 from megatron_oisd.runtime import distributed
 
 Gradients = dict[str, Tensor]
-PAIRS = (("grpo", "oisd"), ("grpo", "think"), ("grpo", "attn"), ("think", "attn"))
 
 
 class Diagnosed(Trainer):
@@ -65,7 +63,7 @@ class Diagnosed(Trainer):
             parts[name] = {key: value - parts["grpo"][key] for key, value in parts[name].items()}
         parts["oisd"] = {key: value + parts["attn"][key] for key, value in parts["think"].items()}
         self.oisd = self.policy.oisd = self._attach(config)
-        return by_layer(parts)
+        return compare_gradients(parts)
 
     def _attach(self, config: OISDConfig) -> OISD:
         return OISD(
@@ -78,6 +76,7 @@ class Diagnosed(Trainer):
         for chunk in self.training.chunks:
             chunk.train()
             chunk.zero_grad_buffer()  # type: ignore[operator]
+        self.training.optimizer.zero_grad()  # after its step an fp32 parameter's grad is the buffer itself
         self.policy.gradients(
             self._microbatches(batch), num_sequences=max(batch.num_sequences, 1),
             num_tokens=max(int(batch.mask.sum()), 1), step=number,
@@ -91,34 +90,15 @@ class Diagnosed(Trainer):
         }
 
 
-def by_layer(parts: dict[str, Gradients]) -> list[dict[str, Any]]:
-    """Norm of each loss's gradient and cosines between them, for each layer, the embedding, the head and all."""
-    names: dict[str, list[str]] = defaultdict(list)
-    for name in parts["grpo"]:
-        found = re.search(r"\.layers\.(\d+)\.", name)
-        group = f"layer {int(found[1]) + 1}" if found else "embedding" if "embedding" in name else "head"
-        names[group].append(name)
-        names["all"].append(name)
-    rows = []
-    for group, members in names.items():
-        flat = {part: torch.cat([found[name].flatten() for name in members]) for part, found in parts.items()}
-        row: dict[str, Any] = {"group": group} | {f"norm_{part}": value.norm().item() for part, value in flat.items()}
-        for one, other in PAIRS:
-            norms = flat[one].norm() * flat[other].norm()
-            row[f"cos_{one}_{other}"] = (flat[one] @ flat[other] / norms).item() if norms else None
-        rows.append(row)
-    return rows
-
-
 def count_operations(trainer: Diagnosed) -> dict[str, int]:
     """Floating-point operations of the matrix products of one step, by phase, as torch counts them."""
     counted: dict[str, int] = defaultdict(int)
 
     def counting(name: str, function: Any) -> Any:
         def wrapped(*arguments: Any) -> Any:
-            with FlopCounterMode(display=False) as counter:
+            with OperationCounter() as counter:
                 result = function(*arguments)
-            counted[name] += counter.get_total_flops()
+            counted[name] += counter.total
             return result
 
         return wrapped
@@ -134,7 +114,7 @@ def count_operations(trainer: Diagnosed) -> dict[str, int]:
 def main(argv: list[str] | None = None) -> None:
     """Train, looking."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="JSONL file of the rows")
+    parser.add_argument("--out", type=Path, required=True, help="JSONL file of the rows; the figure goes beside it")
     parser.add_argument("--every", type=int, default=10, help="steps between two looks at the gradients")
     parser.add_argument("--count", action="store_true", help="one step, its operations alone")
     given = list(sys.argv[1:] if argv is None else argv)
@@ -152,6 +132,8 @@ def main(argv: list[str] | None = None) -> None:
         trainer.run()
     own.out.parent.mkdir(parents=True, exist_ok=True)
     own.out.write_text("".join(json.dumps(row) + "\n" for row in trainer.rows), encoding="utf-8")
+    if not own.count:
+        draw_gradients(trainer.rows, own.out)
     distributed.shutdown()
 
 

@@ -186,6 +186,21 @@ def run(arguments: argparse.Namespace, variant: Variant, seed: int) -> list[dict
     return rows
 
 
+def look(arguments: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
+    """One OISD run whose gradients are compared on the way; it leaves a file and no rows."""
+    output: Path = arguments.output
+    directory = output / "gradients"
+    if not (directory / f"{seed}.jsonl").is_file():
+        directory.mkdir(parents=True, exist_ok=True)
+        call(
+            DIAGNOSE, "--every", str(max(1, arguments.steps // 6)), "--out", directory / f"{seed}.jsonl", "--",
+            "--load", output / "mcore", "--data", output / "data" / "train.jsonl", "--output",
+            directory / f"run-{seed}", "--resume", "--num-steps", str(arguments.steps), "--seed", str(seed), *RECIPE,
+            log=directory / f"{seed}.log",
+        )  # fmt: skip
+    return []
+
+
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Run what is missing, then report."""
@@ -198,6 +213,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, help="of each variant, instead of its own number")
     parser.add_argument("--problems", type=int, default=256, help="held-out problems")
     parser.add_argument("--variant", action="append", choices=[v.name for v in VARIANTS], help="only this (repeatable)")
+    parser.add_argument("--looks", type=int, default=3, help="OISD runs whose gradients are compared on the way")
     parser.add_argument("--report", action="store_true", help="no runs: report what is finished")
     arguments = parser.parse_args(argv)
     if arguments.steps < 1 or arguments.every < 1 or arguments.steps % arguments.every:
@@ -218,8 +234,10 @@ def main(argv: list[str] | None = None) -> None:
             for variant in chosen
             if seed <= (arguments.seeds or variant.seeds) and not rows.has(variant, seed)
         ]
-        with ThreadPoolExecutor(arguments.jobs) as pool, tqdm(total=len(todo), desc="runs", unit="run") as bar:
+        total = len(todo) + arguments.looks
+        with ThreadPoolExecutor(arguments.jobs) as pool, tqdm(total=total, desc="runs", unit="run") as bar:
             futures = [pool.submit(run, arguments, variant, seed) for variant, seed in todo]
+            futures += [pool.submit(look, arguments, seed) for seed in range(1, arguments.looks + 1)]
             try:
                 for future in as_completed(futures):
                     rows.add(future.result())
@@ -227,8 +245,12 @@ def main(argv: list[str] | None = None) -> None:
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
+    from megatron_oisd.analysis.gradients import draw_gradients
     from megatron_oisd.analysis.study import write_report
 
+    looks = [path.read_text(encoding="utf-8") for path in sorted((output / "gradients").glob("*.jsonl"))]
+    if looks:
+        draw_gradients([json.loads(line) for text in looks for line in text.splitlines()], output / "gradients.png")
     print(write_report(rows.rows, output, baseline="GRPO", steps=arguments.steps))
 
 

@@ -94,13 +94,16 @@ def test_the_runner_goes_on_where_it_was(workspace: Path, tmp_path: Path):
         (tmp_path / "data" / name).symlink_to(workspace / "train.jsonl")
     command = [
         sys.executable, str(ROOT / "examples" / "study" / "run.py"), "--output", str(tmp_path), "--steps", "1",
-        "--every", "1", "--longer", "1", "--seeds", "1", "--problems", "4", "--variant", "GRPO", "--variant", "OISD",
+        "--every", "1", "--longer", "1", "--seeds", "1", "--problems", "4", "--looks", "1",
+        "--variant", "GRPO", "--variant", "OISD",
     ]  # fmt: skip
     first = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
     assert first.returncode == 0, first.stderr[-2000:]
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [(row["variant"], row["steps"]) for row in rows if row["variant"] == "OISD"] == [("OISD", 1)]
     assert [row["steps"] for row in rows if row["variant"] == "GRPO"] == [1, 2]
+    assert len({row["step_flops"] for row in rows}) == 2
+    assert (tmp_path / "gradients" / "1.jsonl").stat().st_size > 0
     before = (tmp_path / "rows.jsonl").read_text()
     second = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert second.returncode == 0, second.stderr[-2000:]
