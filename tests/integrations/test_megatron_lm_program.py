@@ -163,9 +163,9 @@ def test_a_run_goes_on_with_and_without_oisd(program: Callable[..., Run]) -> Non
 def test_the_distributed_optimizer_with_overlap(program: Callable[..., Run]) -> None:
     overlap = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
     apart, together = (program("oisd", *OISD, "--rl-use-sequence-packing", *more) for more in ([], overlap))
-    for one, other in zip(apart.lines, together.lines, strict=True):
+    for one, other, tolerance in zip(apart.lines, together.lines, (1e-3, 1e-2, 1e-2), strict=True):  # as above
         for name in ("oisd/js/layer_2", "oisd/attn_js/layer_2", "grad norm"):
-            assert float(other[name]) == pytest.approx(float(one[name]), rel=1e-3), name
+            assert float(other[name]) == pytest.approx(float(one[name]), rel=tolerance), name
 
 
 def test_a_refusal_is_one_line(tokenizer: list[str], tmp_path: Path) -> None:
