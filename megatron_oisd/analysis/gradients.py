@@ -78,9 +78,9 @@ def draw_gradients(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
                     panel.plot(steps, means, color=colour, marker="o", markersize=2.5, linewidth=1.1)
         panels[0].set_yscale("log")
         panels[0].axhline(1.0, color=NEUTRAL, linewidth=0.8)
-        panels[0].set_title("OISD's norm / GRPO's")
+        panels[0].set_title("Norm: OISD / GRPO")
         for panel, part in zip(panels[1:], ("logit", "attention"), strict=True):
-            panel.set_title(f"Cosine, GRPO and {part} alignment")
+            panel.set_title(f"Cosine to GRPO's: {part}")
             panel.axhline(0.0, color=NEUTRAL, linewidth=0.8)
         for panel in panels:
             panel.set_xlabel("training step")

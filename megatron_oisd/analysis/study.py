@@ -127,6 +127,25 @@ def _match(
     return Matched(cost=cost, steps=needed, difference=difference)
 
 
+def reward_differences(rows: Sequence[Row], *, baseline: str, steps: int, window: int) -> dict[str, Estimate]:
+    """Each variant's mean training reward over the first ``window`` steps less the baseline's, paired by seed.
+
+    Held-out scores at the end do not see how fast a variant got there.
+    """
+    base = _by_seed(rows, baseline, steps)
+    found = {}
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        own = _by_seed(rows, variant, steps)
+        seeds = sorted(own.keys() & base.keys())
+        if variant != baseline and seeds:
+            means = [
+                float(np.mean(own[seed]["rewards"][:window]) - np.mean(base[seed]["rewards"][:window]))
+                for seed in seeds
+            ]
+            found[variant] = Estimate.of(means)
+    return found
+
+
 def write_report(rows: Sequence[Row], directory: str | Path, *, baseline: str, steps: int) -> str:
     """Write ``study.md``, ``study.json`` and the figure ``study.png`` and ``study.svg``; return the text."""
     directory = Path(directory)
@@ -144,6 +163,18 @@ def write_report(rows: Sequence[Row], directory: str | Path, *, baseline: str, s
             _p(row.difference), *_matched_cells(row.operations), *_matched_cells(row.time),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
+    windows = sorted({max(1, steps // 6), max(1, steps // 3), steps})
+    differences = [reward_differences(rows, baseline=baseline, steps=steps, window=window) for window in windows]
+    lines += [
+        "",
+        f"Training reward less {baseline}'s, in points, mean over the first steps.",
+        "",
+        "| variant | " + " | ".join(f"steps 1 to {window} | p" for window in windows) + " |",
+        "| --- | " + " | ".join(["---:"] * 2 * len(windows)) + " |",
+    ]
+    for variant in differences[0]:
+        cells = [cell for found in differences for cell in (_cell(found[variant], signed=True), _p(found[variant]))]
+        lines.append("| " + " | ".join([variant, *cells]) + " |")
     text = "\n".join(lines) + "\n"
     (directory / "study.md").write_text(text, encoding="utf-8")
     document = [asdict(row) for row in comparisons]

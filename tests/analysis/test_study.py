@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_oisd.analysis.study import Estimate, compare, write_report
+from megatron_oisd.analysis.study import Estimate, compare, reward_differences, write_report
 from megatron_oisd.errors import OISDError
 from tests.helpers.training import ROOT
 
@@ -73,11 +73,26 @@ def test_differences_are_paired_by_seed_and_matched_in_time():
         compare(rows(), baseline="SFT", steps=10)
 
 
+def test_rewards_are_compared_over_the_first_steps():
+    made = rows()
+    for row in made:
+        if row["variant"] == "OISD":
+            row["rewards"] = [
+                value + (0.06 if i < 2 else 0.0) + 0.01 * row["seed"] for i, value in enumerate(row["rewards"])
+            ]
+    for window, expected in ((2, 0.08), (4, 0.05)):
+        found = reward_differences(made, baseline="GRPO", steps=10, window=window)
+        assert found.keys() == {"OISD", "one seed"}
+        assert found["OISD"].mean == pytest.approx(expected)
+        assert found["one seed"].count == 1
+
+
 def test_the_report_says_what_the_comparison_found(tmp_path: Path):
     text = write_report(rows(), tmp_path, baseline="GRPO", steps=10)
     assert (tmp_path / "study.md").read_text() == text
     assert "| OISD | 3 | 52.7 (" in text
     assert "| one seed | 1 | 60.0 | +10.0 | - | 2.12 | - | - | - | 4.50 | - | - | - |" in text
+    assert "| OISD | +0.0 (+0.0 to +0.0) | - | +0.0" in text
     document = json.loads((tmp_path / "study.json").read_text())
     assert [row["variant"] for row in document] == ["GRPO", "OISD", "one seed"]
     assert document[2]["result"]["low"] is None
