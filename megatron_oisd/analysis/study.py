@@ -54,7 +54,7 @@ class Matched:
     """A variant against the baseline trained as long as one resource lasts that the variant used up."""
 
     cost: float
-    """Of a variant's step over the baseline's."""
+    """Of a variant's step over the baseline's: medians over seeds, since a run may have shared its machine."""
     steps: int | None
     """The first of the baseline's evaluated numbers of steps that takes as much; None: none does."""
     difference: Estimate | None
@@ -88,7 +88,7 @@ def compare(rows: Sequence[Row], *, baseline: str, steps: int, metric: str = "av
     if not base:
         raise OISDError(f"the study has no finished run of {baseline!r} at {steps} steps: run it first")
     found = []
-    for variant in dict.fromkeys(row["variant"] for row in rows):
+    for variant in dict.fromkeys([baseline, *(row["variant"] for row in rows)]):
         own = _by_seed(rows, variant, steps)
         if not own:
             continue
@@ -119,7 +119,9 @@ def _match(
     resource: str,
     metric: str,
 ) -> Matched:
-    cost = float(np.median([own[seed][resource] / base[seed][resource] for seed in own.keys() & base.keys()]))
+    cost = float(
+        np.median([row[resource] for row in own.values()]) / np.median([row[resource] for row in base.values()])
+    )
     needed = _first_at_least(rows, baseline, steps * cost)
     longer = _by_seed(rows, baseline, needed)
     both = sorted(own.keys() & longer.keys())
@@ -208,7 +210,7 @@ def draw(rows: Sequence[Row], comparisons: Sequence[Comparison], path: Path, *, 
         left.legend(frameon=False, loc="lower right")
         others = [row for row in comparisons if row.difference is not None]
         for number, row in enumerate(others):
-            longer = row.time.difference if row.time else None
+            longer = row.operations.difference if row.operations else None
             for estimate, shift, colour, filled in (
                 (row.difference, 0.12, COLOURS[0], True), (longer, -0.12, COLOURS[1], False),
             ):  # fmt: skip
@@ -218,14 +220,14 @@ def draw(rows: Sequence[Row], comparisons: Sequence[Comparison], path: Path, *, 
                 right.errorbar(
                     100 * estimate.mean, -number + shift, xerr=half, fmt="o", markersize=3.5, capsize=2, color=colour,
                     markerfacecolor=colour if filled else "white",
-                    label=("equal steps" if filled else "equal time") if number == 0 else None,
+                    label=("equal steps" if filled else "equal operations") if number == 0 else None,
                 )  # fmt: skip
         right.axvline(0.0, color=NEUTRAL, linewidth=0.8)
         right.set_yticks(
             [-number for number in range(len(others))], [f"{r.variant} ({r.result.count})" for r in others]
         )
         right.set_title(f"Held-out Avg@8 - {baseline}'s")
-        right.set_xlabel("points (95% CI over seeds, their number in brackets)")
+        right.set_xlabel("points (95% CI over seeds)")
         if others:
             right.legend(frameon=False)
         path.parent.mkdir(parents=True, exist_ok=True)
