@@ -229,7 +229,7 @@ def draw(rows: Sequence[Row], comparisons: Sequence[Comparison], path: Path, *, 
         right.set_title(f"Held-out Avg@8 - {baseline}'s")
         right.set_xlabel("points (95% CI over seeds)")
         if others:
-            right.legend(frameon=False)
+            right.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.4, -0.12), ncols=2)
         path.parent.mkdir(parents=True, exist_ok=True)
         for suffix in (".png", ".svg"):
             figure.savefig(path.with_suffix(suffix), dpi=160)
