@@ -24,7 +24,6 @@ from megatron_oisd.analysis.gradients import compare_gradients, draw_gradients
 from megatron_oisd.analysis.operations import OperationCounter
 from megatron_oisd.config import OISDConfig
 from megatron_oisd.errors import OISDError, command_line
-from megatron_oisd.pipeline.oisd import OISD
 from megatron_oisd.rl.arguments import parse_arguments
 from megatron_oisd.rl.batch import RolloutBatch
 from megatron_oisd.rl.trainer import Trainer
@@ -65,22 +64,9 @@ class Diagnosed(Trainer):
         self.oisd = self.policy.oisd = self._attach(config)
         return compare_gradients(parts)
 
-    def _attach(self, config: OISDConfig) -> OISD:
-        return OISD(
-            config, self.training.chunks, tp_group=self.groups.tp, pp_group=self.groups.pp, dp_group=self.groups.dp,
-            vocab_size=self.training.arguments.vocab_size,
-        )  # fmt: skip
-
     def _gradients(self, batch: RolloutBatch, number: int, config: OISDConfig | None) -> Gradients:
         oisd = self.policy.oisd = None if config is None else self._attach(config)
-        for chunk in self.training.chunks:
-            chunk.train()
-            chunk.zero_grad_buffer()  # type: ignore[operator]
-        self.training.optimizer.zero_grad()  # after its step an fp32 parameter's grad is the buffer itself
-        self.policy.gradients(
-            self._microbatches(batch), num_sequences=max(batch.num_sequences, 1),
-            num_tokens=max(int(batch.mask.sum()), 1), step=number,
-        )  # fmt: skip
+        self._accumulate(batch, number)
         if oisd is not None:
             oisd.detach()
         return {

@@ -82,10 +82,7 @@ class Trainer:
         self.prompts = self._load_prompts()
 
         self.training = build_training(config)
-        self.oisd = OISD(
-            oisd_config, self.training.chunks, tp_group=self.groups.tp, pp_group=self.groups.pp,
-            dp_group=self.groups.dp, vocab_size=self.training.arguments.vocab_size,
-        )  # fmt: skip
+        self.oisd = self._attach(oisd_config)
         self.policy = PolicyPass(
             self.training.chunks, self.training.model_config, self.oisd, config.policy_loss, self.groups,
             self.training.arguments.vocab_size,
@@ -293,17 +290,23 @@ class Trainer:
             )
         return metrics
 
-    def _update(self, batch: RolloutBatch, number: int) -> dict[str, float]:
-        """Optimizer step ``number`` of the run, on one mini-batch, which gets ``old_log_probs`` if it has none."""
-        training, config = self.training, self.config
+    def _attach(self, config: OISDConfig) -> OISD:
+        return OISD(
+            config, self.training.chunks, tp_group=self.groups.tp, pp_group=self.groups.pp, dp_group=self.groups.dp,
+            vocab_size=self.training.arguments.vocab_size,
+        )  # fmt: skip
+
+    def _accumulate(self, batch: RolloutBatch, number: int) -> tuple[dict[str, float], list[PolicyMicrobatch]]:
+        """Put one mini-batch's gradients, and nothing else, into the buffers; GRPO's metrics and the microbatches."""
+        config = self.config
         if config.loss_agg_mode != "token-mean":
             batch.weights = token_weights(
                 batch.mask, config.loss_agg_mode, max_response_tokens=config.max_response_tokens
             )
-        for chunk in training.chunks:
+        for chunk in self.training.chunks:
             chunk.train()
             chunk.zero_grad_buffer()  # type: ignore[operator]
-        training.optimizer.zero_grad()
+        self.training.optimizer.zero_grad()  # after its step an fp32 parameter's grad is the buffer itself
         microbatches = self._microbatches(batch)
         losses = self.policy.gradients(
             microbatches,
@@ -311,15 +314,21 @@ class Trainer:
             num_tokens=max(int(batch.mask.sum()), 1),
             step=number,
         )
+        return losses, microbatches
+
+    def _update(self, batch: RolloutBatch, number: int) -> dict[str, float]:
+        """Optimizer step ``number`` of the run, on one mini-batch, which gets ``old_log_probs`` if it has none."""
+        training, config = self.training, self.config
+        losses, microbatches = self._accumulate(batch, number)
         if not math.isfinite(losses["loss"]):
             raise OISDError(
-                f"the loss of step {self.step + 1} is {losses['loss']}: lower --lr (now {self.config.lr:g}) or check "
+                f"the loss of step {self.step + 1} is {losses['loss']}: lower --lr (now {config.lr:g}) or check "
                 "the checkpoint's weights for NaN; nothing was updated"
             )
         successful, grad_norm, _ = training.optimizer.step()
         if not successful or not math.isfinite(grad_norm):
             raise OISDError(
-                f"the gradient norm of step {self.step + 1} is {grad_norm}: lower --lr (now {self.config.lr:g}); the "
+                f"the gradient norm of step {self.step + 1} is {grad_norm}: lower --lr (now {config.lr:g}); the "
                 f"last checkpoint in {self.checkpoints} is unharmed"
             )
         training.scheduler.step(1)
