@@ -16,7 +16,8 @@ from platform import python_version
 import torch
 from tqdm import tqdm
 
-from tests.helpers.mcore import OISD_CONFIG, Layout, judge
+from tests.helpers.mcore import OISD_CONFIG, Layout
+from tests.helpers.mcore_reference import judge
 
 SEVERAL = replace(OISD_CONFIG, layers=(1, 2, 3))
 EARLY, LATE = replace(OISD_CONFIG, layers=(1,)), replace(OISD_CONFIG, layers=(3,))
@@ -135,8 +136,8 @@ LAYOUTS = [
 HEADING = """# Layouts
 
 Loss and every gradient of one GRPO + OISD step on each layout, against a dense float64 reference of the same model in
-one process (`tests/helpers/mcore.py`). Written by `python -m tests.layouts --write docs/layouts.md`; the same rows are
-tests (`tests/pipeline/test_layouts.py`). The model has 4 layers; "students" are layers counted from 1.
+one process (`tests/helpers/mcore_reference.py`). Written by `python -m tests.layouts --write docs/layouts.md`; the same
+rows are tests (`tests/pipeline/test_layouts.py`). The model has 4 layers; "students" are layers counted from 1.
 
 *Value*: largest relative error of the OISD losses. *Gradient*: largest `max|difference| / max|expected|` over all
 parameters; in half precision norm of the difference over norm, with the same rounded weights in the reference.

@@ -1,8 +1,9 @@
 """Fifty optimizer steps: the golden trajectory and the layouts that must follow it.
 
 The golden one is made by ``python -m tests.trajectory --write``: the dense float64 losses of one process
-(:class:`tests.helpers.mcore.DenseLosses`) under ``torch.optim.AdamW`` with clipped gradients. Nothing of it is this
-package's fast path or Megatron's optimizer. A layout runs Megatron's optimizer in fp32 on other batches in every step.
+(:class:`tests.helpers.mcore_reference.DenseLosses`) under ``torch.optim.AdamW`` with clipped gradients. Nothing of it
+is this package's fast path or Megatron's optimizer. A layout runs Megatron's optimizer in fp32 on other batches in
+every step.
 """
 
 from __future__ import annotations
@@ -19,17 +20,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from tests.helpers.mcore import (
-    OISD_CONFIG,
-    DenseLosses,
-    Layout,
-    build_chunks,
-    fill,
-    make_rollouts,
-    parallel_world,
-    start,
-    transformer,
-)
+from tests.helpers.mcore import OISD_CONFIG, Layout, build_chunks, fill, make_rollouts, transformer
+from tests.helpers.mcore_reference import DenseLosses
+from tests.helpers.mcore_run import parallel_world, start
 from tests.helpers.ranks import run_ranks
 
 GOLDEN = Path(__file__).parent / "golden" / "trajectory.json"

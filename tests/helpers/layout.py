@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_oisd.config import OISDConfig
-from tests.helpers.mcore import gather_shards
+from tests.helpers.mcore_run import gather_shards
 
 NUM_LAYERS = 4
 VOCAB = 150  # not a multiple of 128: padded rows take part in every test

@@ -16,20 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.helpers.mcore import (
-    LENGTH,
-    PADDED,
-    DenseLosses,
-    Layout,
-    Outcome,
-    Rollouts,
-    build_chunks,
-    fill,
-    make_rollouts,
-    parallel_world,
-    pieces,
-    transformer,
-)
+from tests.helpers.mcore import LENGTH, PADDED, Layout, Rollouts, build_chunks, fill, make_rollouts, pieces, transformer
+from tests.helpers.mcore_reference import DenseLosses
+from tests.helpers.mcore_run import Outcome, parallel_world
 
 
 @dataclass(frozen=True)

@@ -26,19 +26,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_oisd.config import OISDConfig
-from tests.helpers.mcore import (
-    PADDED,
-    VOCAB,
-    DenseLosses,
-    Layout,
-    Rollouts,
-    assemble,
-    build_chunks,
-    fill,
-    gather_shards,
-    pieces,
-)
+from tests.helpers.mcore import PADDED, VOCAB, Layout, Rollouts, assemble, build_chunks, fill, pieces
 from tests.helpers.mcore import transformer as transformer_config_of
+from tests.helpers.mcore_reference import DenseLosses
+from tests.helpers.mcore_run import gather_shards
 
 OISD = OISDConfig(
     layers=(1, 3), lambda_think=3.0, lambda_attn=3.0, attn_window=3, attn_global_keys=3, attn_queries=6

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from megatron_oisd.config import OISDConfig
-from tests.helpers.mcore import LENGTH, VOCAB, Layout, Outcome, Rollouts, make_rollouts, parallel_world, pieces, start
+from tests.helpers.mcore import LENGTH, VOCAB, Layout, Rollouts, make_rollouts, pieces
+from tests.helpers.mcore_run import Outcome, parallel_world, start
 
 TRAIN, WORKER = "nemo_rl.models.megatron.train", "nemo_rl.models.policy.workers.megatron_policy_worker"
 FROM_NEMO_RL = (
@@ -34,7 +35,7 @@ class Batch(dict):  # type: ignore[type-arg]
 
 
 class LossPostProcessor:
-    """GRPO of ``tests/helpers/mcore.py``, divided by the global tokens, Megatron's averaging undone, as NeMo RL's."""
+    """GRPO of ``mcore_run.py``, divided by the global tokens, Megatron's averaging undone, as in NeMo RL."""
 
     def __init__(self, num_microbatches: int) -> None:
         self.num_microbatches = num_microbatches

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.helpers.mcore import VOCAB, Layout, Outcome, Rollouts, make_rollouts, parallel_world, pieces, start
+from tests.helpers.mcore import VOCAB, Layout, Rollouts, make_rollouts, pieces
+from tests.helpers.mcore_run import Outcome, parallel_world, start
 
 NAME = "slime.backends.megatron_utils.model"
 FROM_SLIME = {
@@ -31,7 +32,7 @@ FROM_SLIME = {
 def policy_loss(
     args: Any, batch: dict[str, Any], num_microbatches: int, step_global_batch_size: int, logits: Tensor
 ) -> Any:
-    """GRPO of ``tests/helpers/mcore.py``, on slime's batch: a sum over response tokens, which Megatron divides."""
+    """GRPO of ``tests/helpers/mcore_run.py``, on slime's batch: a sum over response tokens, which Megatron divides."""
     from megatron.core import parallel_state
 
     from megatron_oisd.losses import grpo

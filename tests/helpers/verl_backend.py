@@ -20,7 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_oisd.config import OISDConfig
-from tests.helpers.mcore import VOCAB, Layout, Outcome, Rollouts, make_rollouts, parallel_world, pieces, start
+from tests.helpers.mcore import VOCAB, Layout, Rollouts, make_rollouts, pieces
+from tests.helpers.mcore_run import Outcome, parallel_world, start
 
 
 class Tensors(dict):  # type: ignore[type-arg]

@@ -17,21 +17,9 @@ import torch
 
 from megatron_oisd.config import OISDConfig
 from megatron_oisd.errors import OISDError
-from tests.helpers.mcore import (
-    LENGTH,
-    OISD_CONFIG,
-    PADDED,
-    VOCAB,
-    Layout,
-    Outcome,
-    Rollouts,
-    assemble,
-    make_rollouts,
-    parallel_world,
-    pieces,
-    reference,
-    start,
-)
+from tests.helpers.mcore import LENGTH, OISD_CONFIG, PADDED, VOCAB, Layout, Rollouts, assemble, make_rollouts, pieces
+from tests.helpers.mcore_reference import reference
+from tests.helpers.mcore_run import Outcome, parallel_world, start
 from tests.helpers.ranks import run_ranks
 
 

@@ -22,7 +22,8 @@ from megatron_oisd.config import OISDConfig
 from megatron_oisd.errors import OISDError
 from megatron_oisd.integrations import nemo_rl
 from tests.helpers import nemo_rl_backend
-from tests.helpers.mcore import OISD_CONFIG, Layout, assemble, reference
+from tests.helpers.mcore import OISD_CONFIG, Layout, assemble
+from tests.helpers.mcore_reference import reference
 from tests.helpers.ranks import run_ranks
 
 CHECKOUT = os.environ.get("NEMO_RL_PATH", "")

@@ -23,7 +23,8 @@ from megatron_oisd.config import OISDConfig
 from megatron_oisd.errors import OISDError
 from megatron_oisd.integrations import verl
 from tests.helpers import verl_backend
-from tests.helpers.mcore import OISD_CONFIG, Layout, assemble, reference
+from tests.helpers.mcore import OISD_CONFIG, Layout, assemble
+from tests.helpers.mcore_reference import reference
 from tests.helpers.ranks import run_ranks
 
 CHECKOUT = os.environ.get("VERL_PATH", "")

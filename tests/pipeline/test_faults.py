@@ -37,7 +37,8 @@ from megatron_oisd.errors import OISDError
 from megatron_oisd.rl.policy import ParallelGroups
 from megatron_oisd.runtime import distributed
 from tests.helpers import mcore
-from tests.helpers.mcore import LENGTH, OISD_CONFIG, VOCAB, Layout, Rollouts, Training, make_rollouts
+from tests.helpers.mcore import LENGTH, OISD_CONFIG, VOCAB, Layout, Rollouts, make_rollouts
+from tests.helpers.mcore_run import Training
 from tests.helpers.ranks import Ending, endings, run_ranks
 
 LIMIT_S = 40.0

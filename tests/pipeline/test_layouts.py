@@ -12,7 +12,8 @@ from dataclasses import replace
 
 import pytest
 
-from tests.helpers.mcore import Layout, judge, reference
+from tests.helpers.mcore import Layout
+from tests.helpers.mcore_reference import judge, reference
 from tests.helpers.releases import skip_before
 from tests.layouts import LAYOUTS
 
