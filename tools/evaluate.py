@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     tables = {s.name: s.directory / "table.json" for s in sets}
     for name, table in tables.items():
         print(f"{name}\n\n{table.with_suffix('.md').read_text(encoding='utf-8')}")
-    figure = draw_evaluations(tables, arguments.output / "evaluation.png")
+    figure, _ = draw_evaluations(tables, arguments.output / "evaluation.png")
     if len(sets) > 1:
         print(write_summary(tables, arguments.output))
     print(f"figure: {figure}")

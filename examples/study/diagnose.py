@@ -104,10 +104,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--every", type=int, default=10, help="steps between two looks at the gradients")
     parser.add_argument("--count", action="store_true", help="one step, its operations alone")
     given = list(sys.argv[1:] if argv is None else argv)
-    if "--" not in given:
+    end = given.index("--") if "--" in given else len(given)
+    own = parser.parse_args(given[:end])
+    if end == len(given):
         raise OISDError("the training's flags are missing: put them behind --")
-    own = parser.parse_args(given[: given.index("--")])
-    config, oisd_config = parse_arguments(given[given.index("--") + 1 :])
+    config, oisd_config = parse_arguments(given[end + 1 :])
     trainer = Diagnosed(config, oisd_config)
     if trainer.world_size > 1:
         raise OISDError(f"{trainer.world_size} ranks: gradients are looked at on one rank, start it without torchrun")
@@ -119,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     own.out.parent.mkdir(parents=True, exist_ok=True)
     own.out.write_text("".join(json.dumps(row) + "\n" for row in trainer.rows), encoding="utf-8")
     if not own.count:
-        draw_gradients(trainer.rows, own.out)
+        draw_gradients(trainer.rows, own.out.with_suffix(".png"))
     distributed.shutdown()
 
 

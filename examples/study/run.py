@@ -8,7 +8,8 @@ problems. Runs with the same seed see the same prompts and start from the same m
 pair. Finished runs are rows of ``rows.jsonl``; a run that was killed goes on from its own checkpoint.
 
 GRPO alone trains longer than the others and is evaluated on the way: OISD's steps cost more, and the comparison at
-equal wall time and at equal operations needs GRPO's results at correspondingly more steps.
+equal wall time and at equal operations needs GRPO's results at correspondingly more steps. What a step takes is
+measured before the runs, one variant at a time with nothing beside it, the variants in turns.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -35,8 +37,11 @@ ROOT = Path(__file__).resolve().parents[2]
 TOOLS, QUICKSTART, DIAGNOSE = ROOT / "tools", ROOT / "examples" / "quickstart", Path(__file__).with_name("diagnose.py")
 RECIPE = shlex.split(
     "--oisd-layers 2 --prompts-per-step 32 --mini-batch-prompts 16 --samples-per-prompt 8 --max-prompt-tokens 128 "
-    "--max-response-tokens 40 --max-tokens-per-microbatch 4096 --lr 3e-4 --adam-beta2 0.95 --log-samples 0"
+    "--max-response-tokens 40 --max-tokens-per-microbatch 4096 --adam-beta2 0.95 --log-samples 0"
 )
+
+FAST, SLOW = "3e-4", "1e-4"
+"""Learning rates: with the first GRPO has nearly arrived after 60 steps, with the second it is on its way."""
 
 COUNTING = Lock()
 """One thread at a time: two runs of a variant would count into the same folder."""
@@ -48,11 +53,24 @@ class Variant:
 
     name: str
     flags: str
+    lr: str = FAST
     seeds: int = 5
     longer: bool = False
     """Train and evaluate beyond the number of steps at which variants are compared."""
 
+    @property
+    def arguments(self) -> list[str]:
+        """Of the training command."""
+        return [*RECIPE, "--lr", self.lr, *self.flags.split()]
 
+    @property
+    def directory(self) -> str:
+        """Of its runs."""
+        name = self.name if self.lr == FAST else f"{self.name} lr {self.lr}"
+        return name.replace(" ", "_").replace(",", "")
+
+
+LOUD = "--oisd-lambda-think 0 --oisd-lambda-attn 5"
 VARIANTS = (
     Variant(name="GRPO", flags="--oisd-lambda-think 0 --oisd-lambda-attn 0", longer=True),
     Variant(name="logit only", flags="--oisd-lambda-attn 0"),
@@ -67,6 +85,12 @@ VARIANTS = (
     Variant(name="OISD, c inf", flags="--oisd-advantage-clip inf", seeds=3),
     Variant(name="OISD, 8 keys", flags="--oisd-attn-window 4 --oisd-attn-global-keys 4", seeds=3),
     Variant(name="OISD, lambda 0.1 and 0.01", flags="--oisd-lambda-think 0.1 --oisd-lambda-attn 0.01", seeds=3),
+    Variant(name="attention only, lambda 5", flags=LOUD, seeds=3),
+    Variant(name="GRPO", flags="--oisd-lambda-think 0 --oisd-lambda-attn 0", lr=SLOW, longer=True),
+    Variant(name="logit only", flags="--oisd-lambda-attn 0", lr=SLOW),
+    Variant(name="attention only", flags="--oisd-lambda-think 0", lr=SLOW),
+    Variant(name="OISD", flags="", lr=SLOW),
+    Variant(name="attention only, lambda 5", flags=LOUD, lr=SLOW),
 )
 
 
@@ -81,7 +105,7 @@ class Rows:
 
     def has(self, variant: Variant, seed: int) -> bool:
         """Whether the run is finished."""
-        return any((row["variant"], row["seed"]) == (variant.name, seed) for row in self.rows)
+        return any((row["variant"], row["lr"], row["seed"]) == (variant.name, variant.lr, seed) for row in self.rows)
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Keep the rows of one run, all or none."""
@@ -130,7 +154,7 @@ def evaluate(output: Path, model: Path, directory: Path, problems: int, log: Pat
 
 def operations(output: Path, variant: Variant) -> int:
     """Of a step of the variant, its first: counted once, whatever the seed."""
-    name = directory_name(variant)
+    name = variant.directory
     rows = output / "costs" / f"{name}.jsonl"
     with COUNTING:
         if not rows.is_file():
@@ -138,20 +162,42 @@ def operations(output: Path, variant: Variant) -> int:
             call(
                 DIAGNOSE, "--count", "--out", rows, "--", "--load", output / "mcore", "--data",
                 output / "data" / "train.jsonl", "--output", output / "costs" / name, "--num-steps", "1", "--seed",
-                "1", *RECIPE, *variant.flags.split(), log=output / "costs" / f"{name}.log",
+                "1", *variant.arguments, log=output / "costs" / f"{name}.log",
             )  # fmt: skip
     return int(json.loads(rows.read_text(encoding="utf-8"))["step"])
 
 
-def directory_name(variant: Variant) -> str:
-    """Of its runs."""
-    return variant.name.replace(" ", "_").replace(",", "")
+def step_times(arguments: argparse.Namespace, variants: list[Variant], rows: Rows) -> None:
+    """Wall time of a step of each variant, in rounds: one variant after the other, nothing beside it."""
+    output: Path = arguments.output
+    done = {(row["variant"], row["round"]) for row in rows.rows}
+    # A learning rate costs no time: each set of flags is timed once.
+    names = {variant.name: variant for variant in variants}
+    todo = [
+        (number, variant)
+        for number in range(arguments.rounds)
+        for name, variant in names.items()
+        if (name, number) not in done
+    ]
+    for number, variant in tqdm(todo, desc="step times", unit="run", disable=not todo):
+        directory = output / "times" / f"{variant.directory}-{number}"
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+        call(
+            TOOLS / "train_rl.py", "--load", output / "mcore", "--data", output / "data" / "train.jsonl", "--output",
+            directory / "train", "--num-steps", str(arguments.timed_steps), "--seed", str(number + 1),
+            *variant.arguments, log=directory / "log.txt",
+        )  # fmt: skip
+        times = [line["timing_s/step"] for line in read_metrics(directory / "train")]
+        # The first step allocates.
+        step_s = statistics.median(times[1:] or times)
+        rows.add([{"variant": variant.name, "round": number, "step_s": step_s, "steps_s": times}])
 
 
 def run(arguments: argparse.Namespace, variant: Variant, seed: int) -> list[dict[str, Any]]:
     """One run from start or where it was, and its rows: one for each evaluated number of steps."""
     output: Path = arguments.output
-    directory = output / "runs" / f"{directory_name(variant)}-{seed}"
+    directory = output / "runs" / f"{variant.directory}-{seed}"
     directory.mkdir(parents=True, exist_ok=True)
     log = directory / "log.txt"
     further = arguments.longer if variant.longer else 0
@@ -159,8 +205,7 @@ def run(arguments: argparse.Namespace, variant: Variant, seed: int) -> list[dict
     call(
         TOOLS / "train_rl.py", "--load", output / "mcore", "--data", output / "data" / "train.jsonl", "--output",
         directory / "train", "--num-steps", str(marks[-1]), "--seed", str(seed), "--save-interval",
-        str(arguments.every), "--keep-checkpoints", str(further + 1), "--resume", *RECIPE, *variant.flags.split(),
-        log=log,
+        str(arguments.every), "--keep-checkpoints", str(further + 1), "--resume", *variant.arguments, log=log,
     )  # fmt: skip
     metrics = read_metrics(directory / "train")
     rows = []
@@ -174,12 +219,10 @@ def run(arguments: argparse.Namespace, variant: Variant, seed: int) -> list[dict
         done = metrics[:mark]
         rows.append(
             {
-                "variant": variant.name, "seed": seed, "steps": mark,
+                "variant": variant.name, "lr": variant.lr, "seed": seed, "steps": mark,
                 **evaluate(output, model, directory / f"evaluation-{mark}", arguments.problems, log),
                 "reward_last_10": statistics.mean(line["critic/rewards/mean"] for line in done[-10:]),
                 "step_flops": operations(output, variant),
-                "step_s": statistics.median(line["timing_s/step"] for line in done),
-                "update_s": statistics.median(line["timing_s/update_actor"] for line in done),
                 "rewards": [round(line["critic/rewards/mean"], 6) for line in done],
             }
         )  # fmt: skip
@@ -196,7 +239,7 @@ def look(arguments: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
             DIAGNOSE, "--every", str(max(1, arguments.steps // 6)), "--out", directory / f"{seed}.jsonl", "--",
             "--load", output / "mcore", "--data", output / "data" / "train.jsonl", "--output",
             directory / f"run-{seed}", "--resume", "--num-steps", str(arguments.steps), "--seed", str(seed), *RECIPE,
-            log=directory / f"{seed}.log",
+            "--lr", FAST, log=directory / f"{seed}.log",
         )  # fmt: skip
     return []
 
@@ -212,8 +255,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--longer", type=int, default=5, help="how many of those")
     parser.add_argument("--seeds", type=int, help="of each variant, instead of its own number")
     parser.add_argument("--problems", type=int, default=256, help="held-out problems")
-    parser.add_argument("--variant", action="append", choices=[v.name for v in VARIANTS], help="only this (repeatable)")
+    names = list(dict.fromkeys(variant.name for variant in VARIANTS))
+    parser.add_argument("--variant", action="append", choices=names, help="only this (repeatable)")
+    parser.add_argument("--lr", action="append", choices=[FAST, SLOW], help="only this learning rate (repeatable)")
     parser.add_argument("--looks", type=int, default=3, help="OISD runs whose gradients are compared on the way")
+    parser.add_argument("--rounds", type=int, default=3, help="in which the time of each variant's step is measured")
+    parser.add_argument("--timed-steps", type=int, default=8, help="of each such measurement")
     parser.add_argument("--report", action="store_true", help="no runs: report what is finished")
     arguments = parser.parse_args(argv)
     if arguments.steps < 1 or arguments.every < 1 or arguments.steps % arguments.every:
@@ -222,10 +269,12 @@ def main(argv: list[str] | None = None) -> None:
         )
     output: Path = arguments.output
     output.mkdir(parents=True, exist_ok=True)
-    rows = Rows(output / "rows.jsonl")
+    rows, times = Rows(output / "rows.jsonl"), Rows(output / "times.jsonl")
     if not arguments.report:
         prepare(output)
         chosen = [v for v in VARIANTS if not arguments.variant or v.name in arguments.variant]
+        chosen = [v for v in chosen if not arguments.lr or v.lr in arguments.lr]
+        step_times(arguments, chosen, times)
         # All variants with one seed, then the next: a study that is stopped early is smaller, not lopsided.
         most = max(arguments.seeds or v.seeds for v in chosen)
         todo = [
@@ -251,7 +300,7 @@ def main(argv: list[str] | None = None) -> None:
     looks = [path.read_text(encoding="utf-8") for path in sorted((output / "gradients").glob("*.jsonl"))]
     if looks:
         draw_gradients([json.loads(line) for text in looks for line in text.splitlines()], output / "gradients.png")
-    print(write_report(rows.rows, output, baseline="GRPO", steps=arguments.steps))
+    print(write_report(rows.rows, output, times=times.rows, baseline="GRPO", steps=arguments.steps))
 
 
 if __name__ == "__main__":

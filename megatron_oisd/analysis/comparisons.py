@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_oisd.analysis.evaluation import read_tables
-from megatron_oisd.analysis.layer_figures import save_figure
-from megatron_oisd.analysis.training_curves import COLOURS, NEUTRAL
+from megatron_oisd.analysis.plotting import COLOURS, NEUTRAL, save_figure
 
 
 def draw_pass_at_k(tables: Mapping[str, str | Path], output: str | Path) -> list[Path]:

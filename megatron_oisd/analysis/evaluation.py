@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_oisd.analysis.training_curves import COLOURS, STYLE
+from megatron_oisd.analysis.plotting import COLOURS, save_figure
 from megatron_oisd.errors import OISDError
 
 
@@ -55,21 +55,15 @@ def write_summary(tables: Mapping[str, str | Path], directory: str | Path) -> st
     return text
 
 
-def draw_evaluations(tables: Mapping[str, str | Path], path: str | Path) -> Path:
-    """Draw Avg@K with its 95% interval and Pass@k over k, a row of two axes for each problem set.
+def draw_evaluations(tables: Mapping[str, str | Path], output: str | Path) -> list[Path]:
+    """Draw Avg@K with its 95% interval and Pass@k over k, a row of two axes for each problem set. Returns PNG and SVG.
 
     Raises:
         OISDError: matplotlib or a table is missing.
     """
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise OISDError("drawing needs matplotlib: pip install 'megatron_oisd[rl]'") from error
     found = read_tables(tables)
-    path = Path(path)
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 2.4 * len(found)), layout="constrained")
+
+    def fill(figure: Any) -> None:
         axes = figure.subplots(len(found), 2, squeeze=False, width_ratios=[1, 1.6])
         labels = list(dict.fromkeys(label for results in found.values() for label in results))
         colours = {label: COLOURS[number % len(COLOURS)] for number, label in enumerate(labels)}
@@ -96,6 +90,5 @@ def draw_evaluations(tables: Mapping[str, str | Path], path: str | Path) -> Path
             curves.set_ylabel("per cent")
         if len(labels) > 1:
             axes[0, 1].legend(frameon=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=160)
-    return path
+
+    return save_figure(fill, output, (7.2, 2.4 * len(found)))

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_oisd.analysis.training_curves import COLOURS, NEUTRAL, STYLE
-from megatron_oisd.errors import OISDError
+from megatron_oisd.analysis.plotting import COLOURS, NEUTRAL, save_figure
 
 PAIRS = (("grpo", "oisd"), ("grpo", "think"), ("grpo", "attn"), ("think", "attn"))
 
@@ -44,25 +43,23 @@ def compare_gradients(parts: Mapping[str, Mapping[str, Tensor]]) -> list[dict[st
     return rows
 
 
-def draw_gradients(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
-    """Draw how large OISD's gradient is beside GRPO's and where it points, over training; PNG and SVG.
+def draw_gradients(rows: Sequence[Mapping[str, Any]], output: str | Path) -> list[Path]:
+    """Draw how large OISD's gradient is beside GRPO's and where it points, over training.
 
     Args:
         rows: of :func:`compare_gradients`, each with its ``step``; several of a step (seeds) are averaged.
-        path: of the figure; its suffix is replaced.
+        output: where; an ending ``.png`` or ``.svg`` is left off, as both are written.
+
+    Returns:
+        The PNG and the SVG.
 
     Raises:
-        OISDError: matplotlib is missing.
+        OISDError: matplotlib is missing, or the files cannot be written.
     """
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise OISDError("drawing needs matplotlib: pip install 'megatron_oisd[rl]'") from error
     groups = [group for group in dict.fromkeys(row["group"] for row in rows) if group != "all"]
     groups = [g for g in groups if any(row["norm_oisd"] and row["norm_grpo"] for row in rows if row["group"] == g)]
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 2.8), layout="constrained")
+
+    def fill(figure: Any) -> None:
         panels = figure.subplots(1, 3)
         for colour, group in zip(COLOURS, groups, strict=False):
             own = [row for row in rows if row["group"] == group and row["norm_grpo"]]
@@ -86,7 +83,5 @@ def draw_gradients(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
             panel.set_xlabel("training step")
         if groups:
             figure.legend(loc="outside lower center", ncols=len(groups), frameon=False)
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for suffix in (".png", ".svg"):
-            figure.savefig(path.with_suffix(suffix), dpi=160)
+
+    return save_figure(fill, output, (7.2, 2.8))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_oisd.analysis.layer_study import LayerStudy, LensMap
+from megatron_oisd.analysis.plotting import COLOURS, NEUTRAL, save_figure
 from megatron_oisd.analysis.recommend import Recommendation
-from megatron_oisd.analysis.training_curves import COLOURS, NEUTRAL, STYLE
 from megatron_oisd.errors import OISDError
 
 LONGEST_TOKEN = 8
@@ -190,39 +190,6 @@ def interval(values: NDArray[np.float64], *, resamples: int = 2000) -> tuple[NDA
     draws = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
     low, high = np.quantile(values[draws].mean(axis=1), [0.025, 0.975], axis=0)
     return low, high
-
-
-def save_figure(fill: Callable[[Any], None], output: str | Path, size: tuple[float, float]) -> list[Path]:
-    """Make a figure of ``size`` inches, let ``fill`` draw into it, and write PNG and SVG beside each other.
-
-    Raises:
-        OISDError: matplotlib is missing, or the files cannot be written.
-    """
-    try:
-        import matplotlib as mpl
-        from matplotlib import font_manager
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise OISDError("drawing needs matplotlib; pip install 'megatron_oisd[rl]'") from error
-    base = Path(output)
-    stem = base.stem if base.suffix.lower() in (".png", ".svg") else base.name
-    files = [base.with_name(stem + suffix) for suffix in (".png", ".svg")]
-    # Tokens are of any script: the first font that has a sign is taken for it.
-    fonts = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP"]
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    style = {**STYLE, "font.family": [name for name in fonts if name in installed] or ["sans-serif"]}
-    with mpl.rc_context(style):
-        figure = Figure(figsize=size, layout="constrained")
-        FigureCanvasAgg(figure)
-        fill(figure)
-        try:
-            base.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(files[0], dpi=160)
-            figure.savefig(files[1], metadata={"Date": None})
-        except OSError as error:
-            raise OISDError(f"{base} cannot be written ({error.strerror}): choose another --output") from error
-    return files
 
 
 def _lines(

@@ -1,9 +1,10 @@
 """What the runs of a study say: means and intervals over seeds, differences paired by seed, compute-matched ones.
 
-Rows are one finished run at one number of steps: ``variant``, ``seed``, ``steps``, ``avg_at_8``, ``pass_at_8``,
-``reward_last_10``, ``rewards``, ``step_s`` and ``step_flops``, the time and the operations of a step. Seeds are the
-unit: intervals are Student's t over them, and a difference is that of runs with the same seed. With few seeds an
-interval is wide, and says so.
+Rows are one finished run at one number of steps: ``variant``, ``lr``, ``seed``, ``steps``, ``avg_at_8``,
+``pass_at_8``, ``reward_last_10``, ``rewards`` and ``step_flops``, the operations of a step. Seeds are the unit:
+intervals are Student's t over them, and a difference is that of runs with the same seed. With few seeds an interval
+is wide, and says so. Times are rows of their own, ``variant``, ``round`` and ``step_s``, since runs may share their
+machine: those of one round were measured in turns.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_oisd.analysis.training_curves import COLOURS, NEUTRAL, STYLE
+from megatron_oisd.analysis.plotting import COLOURS, NEUTRAL, save_figure
 from megatron_oisd.errors import OISDError
 
 Row = Mapping[str, Any]
@@ -54,7 +55,7 @@ class Matched:
     """A variant against the baseline trained as long as one resource lasts that the variant used up."""
 
     cost: float
-    """Of a variant's step over the baseline's: medians over seeds, since a run may have shared its machine."""
+    """Of a variant's step over the baseline's."""
     steps: int | None
     """The first of the baseline's evaluated numbers of steps that takes as much; None: none does."""
     difference: Estimate | None
@@ -72,13 +73,16 @@ class Comparison:
     operations: Matched | None
 
 
-def compare(rows: Sequence[Row], *, baseline: str, steps: int, metric: str = "avg_at_8") -> list[Comparison]:
+def compare(
+    rows: Sequence[Row], *, baseline: str, steps: int, times: Sequence[Row] = (), metric: str = "avg_at_8"
+) -> list[Comparison]:
     """Compare every variant with the baseline at equal steps, equal wall time and equal operations.
 
     Args:
-        rows: see the module.
+        rows: see the module; of one learning rate.
         baseline: a variant's name.
         steps: the number of steps at which variants are compared.
+        times: see the module; a variant without one is not compared at equal time.
         metric: a column.
 
     Raises:
@@ -96,10 +100,11 @@ def compare(rows: Sequence[Row], *, baseline: str, steps: int, metric: str = "av
         difference = time = operations = None
         if variant != baseline and seeds:
             difference = Estimate.of([own[seed][metric] - base[seed][metric] for seed in seeds])
-            time, operations = (
-                _match(rows, own, base, baseline=baseline, steps=steps, resource=resource, metric=metric)
-                for resource in ("step_s", "step_flops")
-            )
+            flops = [float(np.median([row["step_flops"] for row in runs.values()])) for runs in (own, base)]
+            operations = _match(rows, own, flops[0] / flops[1], baseline=baseline, steps=steps, metric=metric)
+            cost = _relative_time(times, variant, baseline)
+            if cost is not None:
+                time = _match(rows, own, cost, baseline=baseline, steps=steps, metric=metric)
         found.append(
             Comparison(
                 variant=variant, result=Estimate.of([row[metric] for row in own.values()]), difference=difference,
@@ -110,23 +115,22 @@ def compare(rows: Sequence[Row], *, baseline: str, steps: int, metric: str = "av
 
 
 def _match(
-    rows: Sequence[Row],
-    own: Mapping[int, Row],
-    base: Mapping[int, Row],
-    *,
-    baseline: str,
-    steps: int,
-    resource: str,
-    metric: str,
+    rows: Sequence[Row], own: Mapping[int, Row], cost: float, *, baseline: str, steps: int, metric: str
 ) -> Matched:
-    cost = float(
-        np.median([row[resource] for row in own.values()]) / np.median([row[resource] for row in base.values()])
-    )
     needed = _first_at_least(rows, baseline, steps * cost)
     longer = _by_seed(rows, baseline, needed)
     both = sorted(own.keys() & longer.keys())
     difference = Estimate.of([own[seed][metric] - longer[seed][metric] for seed in both]) if both else None
     return Matched(cost=cost, steps=needed, difference=difference)
+
+
+def _relative_time(times: Sequence[Row], variant: str, baseline: str) -> float | None:
+    """Median over rounds of the variant's step over the baseline's of the same round; None: not measured."""
+    own, base = (
+        {row["round"]: row["step_s"] for row in times if row["variant"] == name} for name in (variant, baseline)
+    )
+    ratios = [own[number] / base[number] for number in own.keys() & base.keys()]
+    return float(np.median(ratios)) if ratios else None
 
 
 def reward_differences(rows: Sequence[Row], *, baseline: str, steps: int, window: int) -> dict[str, Estimate]:
@@ -148,10 +152,30 @@ def reward_differences(rows: Sequence[Row], *, baseline: str, steps: int, window
     return found
 
 
-def write_report(rows: Sequence[Row], directory: str | Path, *, baseline: str, steps: int) -> str:
-    """Write ``study.md``, ``study.json`` and the figure ``study.png`` and ``study.svg``; return the text."""
+def write_report(
+    rows: Sequence[Row], directory: str | Path, *, baseline: str, steps: int, times: Sequence[Row] = ()
+) -> str:
+    """Write ``study.md``, ``study.json`` and for each learning rate a figure, ``study-LR.png`` and ``.svg``.
+
+    Returns:
+        The text of ``study.md``.
+    """
     directory = Path(directory)
-    comparisons = compare(rows, baseline=baseline, steps=steps)
+    texts, document = [], {}
+    for lr in dict.fromkeys(row["lr"] for row in rows):
+        own = [row for row in rows if row["lr"] == lr]
+        comparisons = compare(own, baseline=baseline, steps=steps, times=times)
+        texts.append(f"### Learning rate {lr}\n\n{_tables(own, comparisons, baseline=baseline, steps=steps)}")
+        document[lr] = [asdict(row) for row in comparisons]
+        draw(own, comparisons, directory / f"study-{lr}.png", baseline=baseline, steps=steps)
+    text = "\n".join(texts)
+    (directory / "study.md").write_text(text, encoding="utf-8")
+    (directory / "study.json").write_text(json.dumps(_finite(document), indent=1) + "\n", encoding="utf-8")
+    return text
+
+
+def _tables(rows: Sequence[Row], comparisons: Sequence[Comparison], *, baseline: str, steps: int) -> str:
+    """Held-out scores and training rewards, as Markdown."""
     lines = [
         f"Avg@8 in per cent at {steps} steps, 95% intervals over seeds (Student's t), differences paired by seed.",
         "",
@@ -162,7 +186,7 @@ def write_report(rows: Sequence[Row], directory: str | Path, *, baseline: str, s
     for row in comparisons:
         cells = [
             row.variant, str(row.result.count), _cell(row.result), _cell(row.difference, signed=True),
-            _p(row.difference), *_matched_cells(row.operations), *_matched_cells(row.time),
+            _p(row.difference), *_matched_cells(row, row.operations), *_matched_cells(row, row.time),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     windows = sorted({max(1, steps // 6), max(1, steps // 3), steps})
@@ -177,25 +201,17 @@ def write_report(rows: Sequence[Row], directory: str | Path, *, baseline: str, s
     for variant in differences[0]:
         cells = [cell for found in differences for cell in (_cell(found[variant], signed=True), _p(found[variant]))]
         lines.append("| " + " | ".join([variant, *cells]) + " |")
-    text = "\n".join(lines) + "\n"
-    (directory / "study.md").write_text(text, encoding="utf-8")
-    document = [asdict(row) for row in comparisons]
-    (directory / "study.json").write_text(json.dumps(_finite(document), indent=1) + "\n", encoding="utf-8")
-    draw(rows, comparisons, directory / "study.png", baseline=baseline, steps=steps)
-    return text
+    return "\n".join(lines) + "\n"
 
 
-def draw(rows: Sequence[Row], comparisons: Sequence[Comparison], path: Path, *, baseline: str, steps: int) -> None:
+def draw(
+    rows: Sequence[Row], comparisons: Sequence[Comparison], output: Path, *, baseline: str, steps: int
+) -> list[Path]:
     """Left the training reward of the variants with the most seeds, right each variant's difference to the baseline."""
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise OISDError("drawing needs matplotlib: pip install 'megatron_oisd[rl]'") from error
     most = max(row.result.count for row in comparisons)
     main = [row.variant for row in comparisons if row.result.count == most][: len(COLOURS)]
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7.2, max(2.6, 0.8 + 0.24 * len(comparisons))), layout="constrained")
+
+    def fill(figure: Any) -> None:
         left, right = figure.subplots(1, 2, width_ratios=[1.1, 1])
         for colour, variant in zip(COLOURS, main, strict=False):
             curves = np.array([_smooth(row["rewards"]) for row in _by_seed(rows, variant, steps).values()])
@@ -230,9 +246,8 @@ def draw(rows: Sequence[Row], comparisons: Sequence[Comparison], path: Path, *, 
         right.set_xlabel("points (95% CI over seeds)")
         if others:
             right.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.4, -0.12), ncols=2)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for suffix in (".png", ".svg"):
-            figure.savefig(path.with_suffix(suffix), dpi=160)
+
+    return save_figure(fill, output, (7.2, max(2.6, 0.8 + 0.24 * len(comparisons))))
 
 
 def _scipy_stats() -> Any:
@@ -270,9 +285,9 @@ def _cell(estimate: Estimate | None, *, signed: bool = False) -> str:
     return f"{mean} ({100 * estimate.low:{sign}.1f} to {100 * estimate.high:{sign}.1f})"
 
 
-def _matched_cells(matched: Matched | None) -> list[str]:
+def _matched_cells(row: Comparison, matched: Matched | None) -> list[str]:
     if matched is None:
-        return ["1", "-", "-", "-"]
+        return ["1" if row.difference is None else "-", "-", "-", "-"]
     steps = "-" if matched.steps is None else str(matched.steps)
     return [f"{matched.cost:.2f}", _cell(matched.difference, signed=True), _p(matched.difference), steps]
 

@@ -17,22 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_oisd.analysis.plotting import COLOURS, NEUTRAL, save_figure
 from megatron_oisd.errors import OISDError
 
-# Okabe and Ito's palette, in the order that keeps neighbours apart for the common colour-vision deficiencies.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-NEUTRAL = "#777777"
 LINE_KINDS: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
-STYLE = {
-    "font.size": 8.5,
-    "axes.titlesize": 9.5,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.7,
-    "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "megatron_oisd",  # the same data gives the same file
-}
 
 
 @dataclass(frozen=True)
@@ -124,13 +112,6 @@ def draw(
     Raises:
         OISDError: matplotlib is missing, there is nothing to draw, or ``evaluation`` is something else.
     """
-    try:
-        import matplotlib
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise OISDError("drawing needs matplotlib; pip install 'megatron_oisd[rl]'") from error
-
     panels = [(panel, curves) for panel in PANELS if (curves := collect_curves(runs, panel))]
     bars = _evaluation_rows(evaluation)
     if not panels and not bars:
@@ -144,11 +125,9 @@ def draw(
     number = len(panels) + bool(bars)
     columns = min(3, number)
     rows = math.ceil(number / columns)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(3.5 * columns, 2.5 * rows + 0.6), layout="constrained")
-        FigureCanvasAgg(figure)
-        grid = figure.subplots(rows, columns, squeeze=False).ravel()
-        remaining = iter(grid)
+
+    def fill(figure: Any) -> None:
+        remaining = iter(figure.subplots(rows, columns, squeeze=False).ravel())
         # The held-out result stands beside the training reward: the two are read together.
         at_bar = 1 if panels and panels[0][0].key == "critic/rewards/mean" else 0
         for index, (panel, curves) in enumerate(panels):
@@ -161,13 +140,7 @@ def draw(
             axes.set_visible(False)
         _annotate(figure, runs, colours, window, bool(panels))
 
-        base = Path(output)
-        base.parent.mkdir(parents=True, exist_ok=True)
-        stem = base.stem if base.suffix.lower() in (".png", ".svg") else base.name
-        files = [base.with_name(stem + suffix) for suffix in (".png", ".svg")]
-        figure.savefig(files[0], dpi=160)
-        figure.savefig(files[1], metadata={"Date": None})
-    return files
+    return save_figure(fill, output, (3.5 * columns, 2.5 * rows + 0.6))
 
 
 def _annotate(figure: Any, runs: Mapping[str, Any], colours: Mapping[str, str], window: int, curves: bool) -> None:
