@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -12,6 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests.helpers.training import load_script
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -120,6 +123,54 @@ def test_every_command_is_run_somewhere():
         if not where.startswith(NO_TEST):
             file, _, name = where.partition("::")
             assert f"def {name}" in (ROOT / file).read_text(encoding="utf-8"), where
+
+
+TRAINING = "tools/train_rl.py"
+
+
+def flags_of(command: str) -> tuple[list[str], list[str]]:
+    """Programs of this project that read a command's flags (with their command, where they have several), and these."""
+    words = shlex.split(command)
+    if words[0] == "make":
+        words = shlex.split(next((word.removeprefix("ARGS=") for word in words if word.startswith("ARGS=")), ""))
+        programs = ["examples/quickstart/run.py", TRAINING]
+    elif "train.sbatch" in command or "submit.sh" in command:
+        words = words[next(n for n, word in enumerate(words) if word == "--" or word.endswith("train.sbatch")) + 1 :]
+        programs = [TRAINING]
+    else:
+        module = next((word for word in words if word.startswith(("benchmarks.", "tests."))), "")
+        # Flags of Megatron-LM's script are Megatron-LM's: tests/integrations/test_megatron_lm_program.py.
+        scripts = [w for w in words if w.endswith(".py") and (ROOT / w).is_file() and "megatron_lm" not in w]
+        program = module or (scripts[0] if scripts else "")
+        words = words[words.index(program) + 1 :] if program else []
+        programs = [f"{program} {words[0]}" if program == "tools/analyze.py" else program]
+    if "--" in words:
+        words = words[: words.index("--")]
+    return programs, [word.split("=")[0] for word in words if word.startswith("--")]
+
+
+def help_of(program: str, capsys: pytest.CaptureFixture[str]) -> str:
+    name, *command = program.split()
+    script = load_script(name) if name.endswith(".py") else importlib.import_module(name)
+    with pytest.raises(SystemExit):
+        script.main([*command, "--help"])
+    return capsys.readouterr().out
+
+
+def test_flags_of_every_command_exist(capsys: pytest.CaptureFixture[str]):
+    """Also those of commands whose tests run them with others."""
+    known: dict[str, str] = {}
+    checked, unknown = 0, []
+    for page, line in COMMANDS:
+        programs, flags = flags_of(line)
+        for program in programs if flags else []:
+            if program not in known:
+                known[program] = help_of(program, capsys)
+        text = "".join(known[program] for program in programs if flags)
+        checked += len(flags)
+        unknown += [f"{flag} in {page}: {line}" for flag in flags if not re.search(rf"{flag}\b(?!-)", text)]
+    assert not unknown
+    assert checked > 100
 
 
 @pytest.fixture(scope="module")

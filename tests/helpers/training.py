@@ -31,10 +31,10 @@ def load_script(path: str) -> Any:
     """The script at ``path`` as a module, with its own folder importable."""
     sys.path.insert(0, str((ROOT / path).parent))
     try:
-        spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+        spec = importlib.util.spec_from_file_location(path.replace("/", "_").removesuffix(".py"), ROOT / path)
         assert spec is not None
         assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look
         spec.loader.exec_module(module)
         return module
     finally:
