@@ -2,8 +2,8 @@
 
 The quickstart's training command runs a few steps for each variant, the variants in turn; rows go to
 ``benchmarks/results/step-cpu.jsonl`` (on a GPU ``step-cuda.jsonl``). Each holds the medians of a step's phases over all
-steps but the first two, which warm up, and the ratio of the whole step to that of the variant ``padded``: microbatches
-of 32 sequences, padded to the longest.
+steps but the first two, which warm up, and the ratio of the whole step to that of the first: the quickstart's own,
+whose microbatches are 32 sequences padded to the longest.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ BASE = shlex.split(
 PADDED = ["--micro-batch-size", "32"]
 BUDGET = ["--max-tokens-per-microbatch", "4096"]
 VARIANTS = {
-    "padded": PADDED,
+    "quickstart": PADDED,
     "token budget": BUDGET,
-    "token budget, GRPO alone": [*BUDGET, "--oisd-lambda-think", "0", "--oisd-lambda-attn", "0"],
-    "token budget, importance sampling": [*BUDGET, "--rollout-is", "token"],
-    "token budget, vLLM": [*BUDGET, "--rollout-engine", "vllm"],
+    "GRPO alone": [*PADDED, "--oisd-lambda-think", "0", "--oisd-lambda-attn", "0"],
+    "importance sampling": [*PADDED, "--rollout-is", "token"],
+    "vLLM": [*PADDED, "--rollout-engine", "vllm"],
 }
 
 

@@ -217,9 +217,9 @@ def test_a_step_is_split_into_its_phases(workspace, tmp_path):
     (tmp_path / "quickstart" / "data").mkdir(parents=True)
     (tmp_path / "quickstart" / "mcore").symlink_to(workspace / "mcore")
     (tmp_path / "quickstart" / "data" / "train.jsonl").symlink_to(workspace / "train.jsonl")
-    flags = ["--variant", "padded", "--variant", "token budget", "--steps", "1", "--rounds", "1"]
+    flags = ["--variant", "quickstart", "--variant", "token budget", "--steps", "1", "--rounds", "1"]
     step.main(["--quickstart", str(tmp_path / "quickstart"), "--out", str(tmp_path), *flags])
     first, second = [json.loads(line) for line in (tmp_path / "step-cpu.jsonl").read_text().splitlines()][1:]
-    assert (first["variant"], first["ratio"], second["variant"]) == ("padded", 1.0, "token budget")
+    assert (first["variant"], first["ratio"], second["variant"]) == ("quickstart", 1.0, "token budget")
     for row in (first, second):
         assert 0 < sum(row[phase] for phase in step.PHASES[:-1]) <= row["step"]
