@@ -91,6 +91,8 @@ VARIANTS = (
     Variant(name="attention only", flags="--oisd-lambda-think 0", lr=SLOW),
     Variant(name="OISD", flags="", lr=SLOW),
     Variant(name="attention only, lambda 5", flags=LOUD, lr=SLOW),
+    Variant(name="OISD, head gradient off", flags="--no-oisd-head-gradient", lr=SLOW),
+    Variant(name="OISD, lambda 0.1 and 0.01", flags="--oisd-lambda-think 0.1 --oisd-lambda-attn 0.01", lr=SLOW),
 )
 
 
@@ -229,17 +231,18 @@ def run(arguments: argparse.Namespace, variant: Variant, seed: int) -> list[dict
     return rows
 
 
-def look(arguments: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
+def look(arguments: argparse.Namespace, lr: str, seed: int) -> list[dict[str, Any]]:
     """One OISD run whose gradients are compared on the way; it leaves a file and no rows."""
     output: Path = arguments.output
-    directory = output / "gradients"
+    directory = output / "gradients" / lr
     if not (directory / f"{seed}.jsonl").is_file():
         directory.mkdir(parents=True, exist_ok=True)
+        oisd = Variant(name="OISD", flags="", lr=lr)
         call(
             DIAGNOSE, "--every", str(max(1, arguments.steps // 6)), "--out", directory / f"{seed}.jsonl", "--",
             "--load", output / "mcore", "--data", output / "data" / "train.jsonl", "--output",
-            directory / f"run-{seed}", "--resume", "--num-steps", str(arguments.steps), "--seed", str(seed), *RECIPE,
-            "--lr", FAST, log=directory / f"{seed}.log",
+            directory / f"run-{seed}", "--resume", "--num-steps", str(arguments.steps), "--seed", str(seed),
+            *oisd.arguments, log=directory / f"{seed}.log",
         )  # fmt: skip
     return []
 
@@ -258,7 +261,7 @@ def main(argv: list[str] | None = None) -> None:
     names = list(dict.fromkeys(variant.name for variant in VARIANTS))
     parser.add_argument("--variant", action="append", choices=names, help="only this (repeatable)")
     parser.add_argument("--lr", action="append", choices=[FAST, SLOW], help="only this learning rate (repeatable)")
-    parser.add_argument("--looks", type=int, default=3, help="OISD runs whose gradients are compared on the way")
+    parser.add_argument("--looks", type=int, default=3, help="OISD runs of a learning rate whose gradients are kept")
     parser.add_argument("--rounds", type=int, default=3, help="in which the time of each variant's step is measured")
     parser.add_argument("--timed-steps", type=int, default=8, help="of each such measurement")
     parser.add_argument("--report", action="store_true", help="no runs: report what is finished")
@@ -283,10 +286,11 @@ def main(argv: list[str] | None = None) -> None:
             for variant in chosen
             if seed <= (arguments.seeds or variant.seeds) and not rows.has(variant, seed)
         ]
-        total = len(todo) + arguments.looks
+        looks = [(lr, seed) for lr in arguments.lr or (FAST, SLOW) for seed in range(1, arguments.looks + 1)]
+        total = len(todo) + len(looks)
         with ThreadPoolExecutor(arguments.jobs) as pool, tqdm(total=total, desc="runs", unit="run") as bar:
             futures = [pool.submit(run, arguments, variant, seed) for variant, seed in todo]
-            futures += [pool.submit(look, arguments, seed) for seed in range(1, arguments.looks + 1)]
+            futures += [pool.submit(look, arguments, lr, seed) for lr, seed in looks]
             try:
                 for future in as_completed(futures):
                     rows.add(future.result())
@@ -297,9 +301,11 @@ def main(argv: list[str] | None = None) -> None:
     from megatron_oisd.analysis.gradients import draw_gradients
     from megatron_oisd.analysis.study import write_report
 
-    looks = [path.read_text(encoding="utf-8") for path in sorted((output / "gradients").glob("*.jsonl"))]
-    if looks:
-        draw_gradients([json.loads(line) for text in looks for line in text.splitlines()], output / "gradients.png")
+    for lr in (FAST, SLOW):
+        paths = sorted((output / "gradients" / lr).glob("*.jsonl"))
+        lines = [line for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
+        if lines:
+            draw_gradients([json.loads(line) for line in lines], output / f"gradients-{lr}.png")
     print(write_report(rows.rows, output, times=times.rows, baseline="GRPO", steps=arguments.steps))
 
 

@@ -207,36 +207,50 @@ def _tables(rows: Sequence[Row], comparisons: Sequence[Comparison], *, baseline:
 def draw(
     rows: Sequence[Row], comparisons: Sequence[Comparison], output: Path, *, baseline: str, steps: int
 ) -> list[Path]:
-    """Left the training reward of the variants with the most seeds, right each variant's difference to the baseline."""
+    """Left training rewards of the first variants with the most seeds, right each variant's held-out difference."""
     most = max(row.result.count for row in comparisons)
-    main = [row.variant for row in comparisons if row.result.count == most][: len(COLOURS)]
+    main = [row.variant for row in comparisons if row.result.count == most][:5]
+    base = _by_seed(rows, baseline, steps)
+
+    def curve(axes: Any, colour: str, label: str, curves: Sequence[Any]) -> None:
+        values = np.array(curves)
+        x, mean = np.arange(1, values.shape[1] + 1), values.mean(0)
+        axes.plot(x, mean, color=colour, label=label, linewidth=1.2)
+        if len(values) > 1:
+            error = values.std(0, ddof=1) / math.sqrt(len(values))
+            axes.fill_between(x, mean - error, mean + error, color=colour, alpha=0.15, lw=0)
 
     def fill(figure: Any) -> None:
-        left, right = figure.subplots(1, 2, width_ratios=[1.1, 1])
+        panels = figure.subplot_mosaic([["reward", "score"], ["lag", "score"]], width_ratios=[1.1, 1])
+        reward, lag, right = panels["reward"], panels["lag"], panels["score"]
         for colour, variant in zip(COLOURS, main, strict=False):
-            curves = np.array([_smooth(row["rewards"]) for row in _by_seed(rows, variant, steps).values()])
-            x = np.arange(1, curves.shape[1] + 1)
-            left.plot(x, curves.mean(0), color=colour, label=variant, linewidth=1.2)
-            if len(curves) > 1:
-                spread = curves.std(0, ddof=1) / math.sqrt(len(curves))
-                left.fill_between(x, curves.mean(0) - spread, curves.mean(0) + spread, color=colour, alpha=0.15, lw=0)
-        left.set_title("Training reward")
-        left.set_xlabel("step")
-        left.set_ylabel("mean over rollouts (5-step mean, ± s.e.)")
-        left.legend(frameon=False, loc="lower right")
+            own = _by_seed(rows, variant, steps)
+            curve(reward, colour, variant, [_smooth(row["rewards"]) for row in own.values()])
+            seeds = own.keys() & base.keys()
+            if variant != baseline and seeds:
+                pairs = [np.subtract(own[seed]["rewards"], base[seed]["rewards"]) for seed in sorted(seeds)]
+                curve(lag, colour, variant, [100 * _smooth(pair, 10) for pair in pairs])
+        reward.set_title("Training reward")
+        reward.set_ylabel("5-step mean, ± s.e.")
+        reward.legend(frameon=False, loc="lower right", fontsize=7.5)
+        lag.axhline(0.0, color=NEUTRAL, linewidth=0.8)
+        lag.set_title(f"Training reward - {baseline}'s")
+        lag.set_ylabel("points, 10-step mean, ± s.e.")
+        lag.set_xlabel("step")
         others = [row for row in comparisons if row.difference is not None]
         for number, row in enumerate(others):
-            longer = row.operations.difference if row.operations else None
-            for estimate, shift, colour, filled in (
-                (row.difference, 0.12, COLOURS[0], True), (longer, -0.12, COLOURS[1], False),
-            ):  # fmt: skip
+            shown = (
+                ("equal steps", row.difference, 0.22, "o", COLOURS[0]),
+                ("equal operations", row.operations.difference if row.operations else None, 0.0, "s", COLOURS[1]),
+                ("equal time", row.time.difference if row.time else None, -0.22, "^", COLOURS[2]),
+            )
+            for label, estimate, shift, marker, colour in shown:
                 if estimate is None:
                     continue
                 half = 0.0 if math.isnan(estimate.low) else 100 * (estimate.high - estimate.mean)
                 right.errorbar(
-                    100 * estimate.mean, -number + shift, xerr=half, fmt="o", markersize=3.5, capsize=2, color=colour,
-                    markerfacecolor=colour if filled else "white",
-                    label=("equal steps" if filled else "equal operations") if number == 0 else None,
+                    100 * estimate.mean, -number + shift, xerr=half, fmt=marker, markersize=3.5, capsize=2,
+                    color=colour, label=label if number == 0 else None,
                 )  # fmt: skip
         right.axvline(0.0, color=NEUTRAL, linewidth=0.8)
         right.set_yticks(
@@ -245,9 +259,10 @@ def draw(
         right.set_title(f"Held-out Avg@8 - {baseline}'s")
         right.set_xlabel("points (95% CI over seeds)")
         if others:
-            right.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.4, -0.12), ncols=2)
+            handles, names = right.get_legend_handles_labels()
+            figure.legend(handles, names, loc="outside lower right", ncols=3, frameon=False)
 
-    return save_figure(fill, output, (7.2, max(2.6, 0.8 + 0.24 * len(comparisons))))
+    return save_figure(fill, output, (7.6, max(4.6, 1.0 + 0.3 * len(comparisons))))
 
 
 def _scipy_stats() -> Any:

@@ -133,7 +133,7 @@ def test_the_runner_goes_on_where_it_was(workspace: Path, tmp_path: Path):
     times = [json.loads(line) for line in (tmp_path / "times.jsonl").read_text().splitlines()]
     assert [(row["variant"], row["round"], len(row["steps_s"])) for row in times] == [("GRPO", 0, 2), ("OISD", 0, 2)]
     assert all(row["step_s"] > 0 for row in times)
-    assert (tmp_path / "gradients" / "1.jsonl").stat().st_size > 0
+    assert (tmp_path / "gradients" / "1e-4" / "1.jsonl").stat().st_size > 0
     before = (tmp_path / "rows.jsonl").read_text()
     second = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert second.returncode == 0, second.stderr[-2000:]
