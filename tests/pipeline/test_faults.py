@@ -36,9 +36,9 @@ from megatron_oisd import OISD, OISDConfig
 from megatron_oisd.errors import OISDError
 from megatron_oisd.rl.policy import ParallelGroups
 from megatron_oisd.runtime import distributed
-from tests.helpers import mcore
-from tests.helpers.mcore import LENGTH, OISD_CONFIG, VOCAB, Layout, Rollouts, make_rollouts
-from tests.helpers.mcore_run import Training
+from tests.helpers.mcore import LENGTH, OISD_CONFIG, VOCAB, Layout, Rollouts, assemble, make_rollouts
+from tests.helpers.mcore_reference import run_reference
+from tests.helpers.mcore_run import Training, run_layout, start
 from tests.helpers.ranks import Ending, endings, run_ranks
 
 LIMIT_S = 40.0
@@ -104,7 +104,7 @@ def _in_world(function: Function, layout: Layout, timeout_s: float, args: tuple[
     distributed.initialize(pipeline_parallel=layout.pp, virtual_pipeline=layout.vpp, timeout_s=timeout_s)
     try:
         batch = make_rollouts()
-        return function(mcore.start(layout, batch), batch, *args)
+        return function(start(layout, batch), batch, *args)
     finally:
         distributed.shutdown()
 
@@ -237,8 +237,8 @@ def reference_without(*rows: int) -> tuple[dict[str, float], Gradients]:
     fields = {name: getattr(whole, name)[left] for name in ("tokens", "mask", "advantages", "old_log_probs")}
     weights = {name: share * getattr(OISD_CONFIG, name) for name in ("lambda_think", "lambda_attn")}
     layout, part = Layout("", oisd=replace(OISD_CONFIG, **weights)), Rollouts(**fields, lengths=[LENGTH] * len(left))
-    (outcome,) = run_ranks(1, mcore.run_reference, layout, part)
-    return {name: share * value for name, value in outcome.metrics.items()}, mcore.assemble([outcome.gradients])[0]
+    (outcome,) = run_ranks(1, run_reference, layout, part)
+    return {name: share * value for name, value in outcome.metrics.items()}, assemble([outcome.gradients])[0]
 
 
 EMPTY = {
@@ -256,8 +256,8 @@ def test_rollouts_without_tokens_count_as_zero(layout, rows):
     """Truncated or filtered rollouts have empty masks. Such a microbatch has nothing to send, but its header travels
     and its ranks take part in every collective; one left out would hang the others or shift their messages."""
     values, whole = reference_without(*rows)
-    outcomes = run_ranks(layout.world, mcore.run_layout, layout, emptied(*rows), timeout_s=LIMIT_S)
-    found, difference = mcore.assemble([outcome.gradients for outcome in outcomes])
+    outcomes = run_ranks(layout.world, run_layout, layout, emptied(*rows), timeout_s=LIMIT_S)
+    found, difference = assemble([outcome.gradients for outcome in outcomes])
     for name, gradient in whole.items():
         assert (found[name] - gradient).abs().max() < 2e-5 * gradient.abs().max(), name
     assert difference < 2e-5 * max(gradient.abs().max() for gradient in whole.values())
@@ -284,7 +284,7 @@ def _train_and_evaluate(plain: Training, batch: Rollouts) -> None:
     expected = [train(plain, batch), train(plain, batch)]
     plain.oisd.detach()
     losses = _evaluate(plain, batch, no_grad=True)
-    training = mcore.start(plain.layout, batch)
+    training = start(plain.layout, batch)
     for gradients in expected:
         assert [_evaluate(training, batch, no_grad) for no_grad in (True, False)] == [losses, losses]
         assert set(training.oisd.metrics().values()) == {0.0}, "nothing was sent, waited for or counted"
@@ -417,11 +417,11 @@ def _train_two(plain: Training, batch: Rollouts) -> None:
     layouts = [PP2, replace(PP2, oisd=replace(OISD_CONFIG, layers=(1, 3), lambda_think=3.0))]
     alone = []
     for layout in layouts:
-        training = mcore.start(layout, batch)
+        training = start(layout, batch)
         alone.append([train(training, batch) for _ in range(2)])
         training.oisd.detach()
     assert any(not torch.equal(value, alone[1][0][name]) for name, value in alone[0][0].items()), "they differ"
-    pair = [mcore.start(layout, batch) for layout in layouts]
+    pair = [start(layout, batch) for layout in layouts]
     for number, (training, expected) in itertools.product(range(2), list(zip(pair, alone, strict=True))):
         check_same(train(training, batch), expected[number], "in turn")
     for (outer, inner), where in itertools.product(((0, 1), (1, 0)), ("before", "after")):
