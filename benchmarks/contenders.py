@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_oisd.config import OISDConfig
 from megatron_oisd.losses.js import HiddenTeacher, LogitsTeacher, lens_js, linear_js_loss
 from megatron_oisd.losses.js_topk import TopKTeacher, make_topk_teacher
 from megatron_oisd.losses.reference import jensen_shannon
@@ -109,7 +110,7 @@ def _ours_main_grad(x: Inputs) -> Tensor:
     """As the pipeline calls it: gradients are made at once, the head's is added to an existing buffer."""
     loss = lens_js(
         x.student.detach(), HiddenTeacher(x.teacher), x.head.detach(), x.weights, temperature=1.0, group=None,
-        chunk_tokens=256, head_gradient=x.main_grad if x.head.requires_grad else None,
+        chunk_tokens=OISDConfig.chunk_tokens, head_gradient=x.main_grad if x.head.requires_grad else None,
     )  # fmt: skip
     x.student.grad = loss.hidden_gradient
     return (x.weights * loss.values).sum()

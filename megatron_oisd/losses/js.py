@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_oisd.losses import js_eager
 from megatron_oisd.losses.js_topk import TopKTeacher, topk_rows_
@@ -36,6 +37,10 @@ class HiddenTeacher:
     hidden: Tensor
     """``[N, h]`` after the final norm."""
 
+    def rows(self, chosen: slice | Tensor) -> HiddenTeacher:
+        """The rows of a chunk."""
+        return HiddenTeacher(self.hidden[chosen])
+
 
 @dataclass(frozen=True)
 class LogitsTeacher:
@@ -43,6 +48,10 @@ class LogitsTeacher:
 
     logits: Tensor
     """``[N, v]`` this rank's vocabulary shard."""
+
+    def rows(self, chosen: slice | Tensor) -> LogitsTeacher:
+        """The rows of a chunk."""
+        return LogitsTeacher(self.logits[chosen])
 
 
 Teacher = HiddenTeacher | LogitsTeacher | TopKTeacher
@@ -68,8 +77,12 @@ def vocab_parallel_js(
     Returns:
         ``[N]`` values in nats in [0, log 2], identical on every rank; fp32, or float64 for float64 logits.
         Collectives: forward one all-gather (``4 N`` numbers) and one all-reduce (``2 N``), backward none. The
-        gradient is that of this rank's shard of the student's logits.
+        gradient is that of this rank's shard of the student's logits; it has no derivative of its own.
+
+    Raises:
+        ValueError: shapes differ, ``valid_columns`` is not a part of the shard, or ``temperature`` is not positive.
     """
+    _check_options(temperature, valid_columns, student_logits.shape[-1])
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
             f"student_logits {list(student_logits.shape)} and teacher_logits {list(teacher_logits.shape)} differ in "
@@ -93,6 +106,7 @@ class _VocabParallelJS(torch.autograd.Function):
         return kl.sum(0).mul_(0.5).clamp_min_(0.0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         student, teacher, lse, kl = ctx.saved_tensors
         gradient = ctx.kernels.gradient_(
@@ -206,7 +220,12 @@ def lens_js(
     Returns:
         :class:`LensLoss`; the hidden gradient is complete (summed over the vocabulary shards) on every rank.
         Collectives: two for each chunk, one all-reduce of ``[N, h]`` at the end.
+
+    Raises:
+        ValueError: shapes do not fit together, or an option is out of its range.
     """
+    _check_options(temperature, valid_columns, head.shape[0])
+    _check_lens(student_hidden, teacher, head, coefficients, chunk_tokens, head_gradient)
     columns = head.shape[0] if valid_columns is None else valid_columns
     hidden_gradient = upcast(student_hidden).new_empty(student_hidden.shape)
     values = hidden_gradient.new_empty(student_hidden.shape[0])
@@ -215,22 +234,56 @@ def lens_js(
         chunk = slice(start, start + chunk_tokens)
         hidden = student_hidden[chunk]
         logits = hidden @ head.t()
-        if isinstance(teacher, TopKTeacher):
+        known = teacher.rows(chunk)
+        if isinstance(known, TopKTeacher):
             values[chunk] = topk_rows_(
-                logits, teacher.rows(chunk), scale[chunk], columns=columns, temperature=temperature, group=group,
+                logits, known, scale[chunk], columns=columns, temperature=temperature, group=group,
                 first_token=first_token,
             )  # fmt: skip
         else:
-            theirs = teacher.hidden[chunk] @ head.t() if isinstance(teacher, HiddenTeacher) else teacher.logits[chunk]
+            theirs = known.hidden @ head.t() if isinstance(known, HiddenTeacher) else known.logits
             values[chunk] = _rows_(logits, theirs, scale[chunk], columns=columns, temperature=temperature, group=group)
-        if logits.dtype == hidden_gradient.dtype:
-            torch.mm(logits, head, out=hidden_gradient[chunk])
-        else:
-            hidden_gradient[chunk] = logits @ head
+        _product_(hidden_gradient[chunk], logits, head, beta=0)
         if head_gradient is not None:
-            _add_outer_(head_gradient, logits, hidden)
+            _product_(head_gradient, logits.t(), hidden, beta=1)
     all_reduce_sum_(hidden_gradient, group)
     return LensLoss(values, hidden_gradient.to(student_hidden.dtype))
+
+
+def _check_options(temperature: float, valid_columns: int | None, width: int) -> None:
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}: expected a positive number")
+    if valid_columns is not None and not 0 <= valid_columns <= width:
+        raise ValueError(f"valid_columns is {valid_columns}: expected 0 to {width}, the width of this vocabulary shard")
+
+
+def _check_lens(
+    hidden: Tensor,
+    teacher: Teacher,
+    head: Tensor,
+    coefficients: Tensor,
+    chunk_tokens: int,
+    head_gradient: Tensor | None,
+) -> None:
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens is {chunk_tokens}: expected at least 1")
+    tokens, width = hidden.shape
+    rows = head.shape[0]
+    parts = {"head": (head.shape, (rows, width)), "coefficients": (coefficients.shape, (tokens,))}
+    if isinstance(teacher, HiddenTeacher):
+        parts["the teacher's hidden states"] = (teacher.hidden.shape, (tokens, width))
+    elif isinstance(teacher, LogitsTeacher):
+        parts["the teacher's logits"] = (teacher.logits.shape, (tokens, rows))
+    else:
+        parts["the teacher's token ids"] = (teacher.token_ids.shape[:1], (tokens,))
+    if head_gradient is not None:
+        parts["head_gradient"] = (head_gradient.shape, (rows, width))
+    for name, (found, expected) in parts.items():
+        if found != expected:
+            raise ValueError(
+                f"{name}: shape {list(found)}, expected {list(expected)} for student_hidden {list(hidden.shape)} and "
+                f"head {list(head.shape)}"
+            )
 
 
 def _rows_(
@@ -247,17 +300,36 @@ def _rows_(
     return kl.sum(0).mul_(0.5).clamp_min_(0.0)
 
 
-_OUTER_ROWS = 4096
+_PRODUCT_ROWS = 4096
 
 
-def _add_outer_(total: Tensor, logits_gradient: Tensor, hidden: Tensor) -> None:
-    """``total += logits_gradient^T hidden`` without a second ``[v, h]`` buffer."""
-    if total.dtype == logits_gradient.dtype:
-        total.addmm_(logits_gradient.t(), hidden)
-        return
-    for start in range(0, total.shape[0], _OUTER_ROWS):
-        part = slice(start, start + _OUTER_ROWS)
-        total[part].add_(logits_gradient[:, part].t() @ hidden)
+def _product_(total: Tensor, left: Tensor, right: Tensor, *, beta: int) -> None:
+    """``total = beta * total + left @ right`` without a second buffer of its size; ``total`` may be the wider dtype."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right, beta=beta)
+    elif _products_stay_wide(total.device, total.dtype, left.dtype):
+        torch.addmm(total, left, right, beta=beta, out_dtype=total.dtype, out=total)
+    else:
+        for start in range(0, total.shape[0], _PRODUCT_ROWS):
+            part = slice(start, start + _PRODUCT_ROWS)
+            product = left[part] @ right
+            total[part] = total[part].add_(product) if beta else product
+
+
+@functools.cache
+def _products_stay_wide(device: torch.device, wide: torch.dtype, narrow: torch.dtype) -> bool:
+    """Whether ``device`` adds a product of ``narrow`` matrices to a ``wide`` one, unrounded: CUDA with torch 2.8 on.
+
+    Elsewhere each product is rounded to ``narrow`` first and added in a pass of its own.
+    """
+    if device.type != "cuda":
+        return False
+    total, ones = torch.ones(16, 16, device=device, dtype=wide), torch.ones(16, 16, device=device, dtype=narrow)
+    try:
+        torch.addmm(total, ones.t(), ones, out_dtype=wide, out=total)
+    except (TypeError, RuntimeError):  # An older torch, a build without it.
+        return False
+    return bool((total == 17).all())
 
 
 def linear_js_loss(
@@ -268,15 +340,16 @@ def linear_js_loss(
     *,
     temperature: float = 1.0,
     group: Group = None,
-    chunk_tokens: int = 256,
+    chunk_tokens: int = 1024,
     valid_columns: int | None = None,
     first_token: int = 0,
 ) -> Tensor:
     """``sum_t weights_t * JS(p_t, sg(q_t))`` as an ordinary differentiable scalar, for use outside Megatron.
 
     The gradients of ``student_hidden`` and, where it requires one, ``head`` are made in the forward pass, chunk by
-    chunk (see :func:`lens_js` for arguments, memory and collectives); backward multiplies them by the arriving
-    gradient. Nothing else is differentiable.
+    chunk (see :func:`lens_js` for arguments, memory, collectives and errors; ``weights`` are its coefficients);
+    backward multiplies them by the arriving gradient. Nothing else is differentiable, and nothing twice. Tokens of
+    weight 0 are left out: whatever stands there, their gradient is 0.
     """
     return _LinearJS.apply(
         student_hidden, head, teacher, weights, temperature, group, chunk_tokens, valid_columns, first_token
@@ -298,19 +371,32 @@ class _LinearJS(torch.autograd.Function):
         first_token: int,
     ) -> Tensor:
         head_gradient = upcast(head.new_empty(0)).new_zeros(head.shape) if ctx.needs_input_grad[1] else None
-        loss = lens_js(
-            hidden, teacher, head, weights, temperature=temperature, group=group, chunk_tokens=chunk_tokens,
-            valid_columns=valid_columns, first_token=first_token, head_gradient=head_gradient,
-        )  # fmt: skip
-        ctx.save_for_backward(loss.hidden_gradient, head_gradient)
+        options: dict[str, Any] = {
+            "temperature": temperature, "group": group, "chunk_tokens": chunk_tokens, "valid_columns": valid_columns,
+            "first_token": first_token, "head_gradient": head_gradient,
+        }  # fmt: skip
+        kept = weights.nonzero().squeeze(-1)
+        if len(kept) == len(hidden):
+            loss = lens_js(hidden, teacher, head, weights, **options)
+            gradient = loss.hidden_gradient
+        else:
+            _check_lens(hidden, teacher, head, weights, chunk_tokens, head_gradient)
+            weights = weights[kept]
+            loss = lens_js(hidden[kept], teacher.rows(kept), head, weights, **options)
+            gradient = hidden.new_zeros(hidden.shape).index_copy_(0, kept, loss.hidden_gradient)
+        ctx.save_for_backward(gradient, head_gradient)
         ctx.head_dtype = head.dtype
         return (weights.to(loss.values.dtype) * loss.values).sum()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         hidden, head = ctx.saved_tensors
         factor = grad_outputs[0]
         if head is not None:
-            # Rounded on the way: no second buffer of the head's size in fp32.
-            head = torch.mul(head, factor, out=head.new_empty(head.shape, dtype=ctx.head_dtype))
+            total, head = head, head.new_empty(head.shape, dtype=ctx.head_dtype)
+            # In parts: a CPU makes a product in fp32 before it rounds it.
+            for start in range(0, head.shape[0], _PRODUCT_ROWS):
+                part = slice(start, start + _PRODUCT_ROWS)
+                head[part] = total[part] * factor
         return (hidden * factor).to(hidden.dtype), head, *[None] * 7

@@ -23,7 +23,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_oisd.losses.numerics import Group, all_reduce_sum_, group_size, log_sum_exp, upcast
+from megatron_oisd.losses.js_eager import blocks, row_statistics, scaled_
+from megatron_oisd.losses.numerics import (
+    Group,
+    all_reduce_sum_,
+    combine_log_sum_exp,
+    group_size,
+    upcast,
+)
 
 _LOG_2 = math.log(2.0)
 
@@ -37,9 +44,9 @@ class TopKTeacher:
     token_ids: Tensor
     """``[N, k]`` token ids of the whole vocabulary, distinct in each row."""
 
-    def rows(self, chunk: slice) -> TopKTeacher:
+    def rows(self, chosen: slice | Tensor) -> TopKTeacher:
         """The rows of a chunk."""
-        return TopKTeacher(self.log_probs[chunk], self.token_ids[chunk])
+        return TopKTeacher(self.log_probs[chosen], self.token_ids[chosen])
 
 
 def make_topk_teacher(
@@ -64,10 +71,10 @@ def make_topk_teacher(
     Collectives: one all-gather for the normaliser, two of ``[N, k]`` for the shards' candidates.
     """
     columns = logits.shape[-1] if valid_columns is None else valid_columns
-    scaled = upcast(logits[:, :columns]) / temperature
-    log_p = scaled - log_sum_exp(scaled, group).unsqueeze(-1)
+    lse = combine_log_sum_exp(row_statistics(logits, columns=columns, temperature=temperature), group)
     mine = min(k, columns)
-    values, indices = log_p.topk(mine, dim=-1)
+    values, indices = logits[:, :columns].topk(mine, dim=-1)
+    values = upcast(values) / temperature - lse.unsqueeze(-1)
     # Every rank offers k candidates, so that shards of any width can be gathered.
     values = torch.nn.functional.pad(values, (0, k - mine), value=-torch.inf)
     tokens = torch.nn.functional.pad(indices + first_token, (0, k - mine), value=-1)
@@ -99,31 +106,31 @@ def topk_rows_(
 
     Collectives: one all-gather (``2 n``), one all-reduce (``k n``).
     """
-    scaled = upcast(student[:, :columns]) / temperature
-    log_p = scaled.sub_(log_sum_exp(scaled, group).unsqueeze(-1))
+    lse = combine_log_sum_exp(row_statistics(student, columns=columns, temperature=temperature), group).unsqueeze(-1)
     local = teacher.token_ids - first_token
     here = (local >= 0) & (local < columns)
     index = local.clamp(0, max(columns - 1, 0))
+    chosen = lse.new_zeros(index.shape)
     if columns:
-        chosen = log_p.gather(-1, index).masked_fill_(~here, 0.0)
-    else:
-        chosen = log_p.new_zeros(index.shape)
+        chosen.copy_(student.gather(-1, index)).div_(temperature).sub_(lse).masked_fill_(~here, 0.0)
     log_p_k = all_reduce_sum_(chosen, group)
-    student_events, teacher_events = _with_tail(log_p_k), _with_tail(teacher.log_probs.to(log_p.dtype))
+    student_events, teacher_events = _with_tail(log_p_k), _with_tail(teacher.log_probs.to(lse.dtype))
     log_m = torch.logaddexp(student_events, teacher_events) - _LOG_2
     ratio = torch.where(torch.isneginf(student_events), 0.0, student_events - log_m)
     theirs = torch.where(torch.isneginf(teacher_events), 0.0, teacher_events - log_m)
     kl_p = (student_events.exp() * ratio).sum(-1)
     kl_q = (teacher_events.exp() * theirs).sum(-1)
     factor = (scale * (0.5 / temperature)).unsqueeze(-1)
-    gradient = log_p.exp_()
-    # Outside the k tokens every column has the tail's ratio; the tokens' own columns are set after that.
-    own = gradient.gather(-1, index) * (ratio[:, :-1] - kl_p.unsqueeze(-1)) if columns else None
-    gradient.mul_((ratio[:, -1] - kl_p).unsqueeze(-1))
-    if own is not None:
+    own, tail = ratio[:, :-1] - kl_p.unsqueeze(-1), (ratio[:, -1] - kl_p).unsqueeze(-1)
+    for block, (gradient,) in blocks(student, columns, 1) if columns else ():
+        scaled_(gradient, student[block], temperature).sub_(lse[block]).exp_()
+        # Outside the k tokens every column has the tail's ratio; the tokens' own columns are set after that.
+        at, mine = index[block], here[block]
+        wanted = gradient.gather(-1, at).mul_(own[block])
+        gradient.mul_(tail[block])
         # As a correction, since several absent tokens share index 0 and must leave it alone.
-        gradient.scatter_add_(-1, index, torch.where(here, own - gradient.gather(-1, index), 0.0))
-    student[:, :columns] = gradient.mul_(factor)
+        gradient.scatter_add_(-1, at, torch.where(mine, wanted - gradient.gather(-1, at), 0.0))
+        student[block, :columns] = gradient.mul_(factor[block])
     student[:, columns:] = 0
     return (0.5 * (kl_p + kl_q)).clamp_min_(0.0)
 
