@@ -66,22 +66,16 @@ def measure(
     scale = layer.head_dim**-0.5
 
     def teacher(between: Callable[[], None] = lambda: None) -> torch.Tensor:
-        return teacher_log_probs(teacher_query, teacher_key, sample, scale=scale, chunk_queries=_CHUNK)
+        return teacher_log_probs(teacher_query, teacher_key, sample, scale=scale)
 
     log_probs = teacher()
 
     def student(between: Callable[[], None]) -> None:
-        attention_alignment(
-            query, key, log_probs, sample, coefficients, scale=scale, num_heads_total=layer.query_heads,
-            chunk_queries=_CHUNK,
-        )  # fmt: skip
+        attention_alignment(query, key, log_probs, sample, coefficients, scale=scale, num_heads_total=layer.query_heads)
 
     steps = {"layer": _layer_step(layer, length, options), "student": student, "teacher": teacher}
     times = harness.time_interleaved(steps, device=device, repeats=repeats, warmup=1)
     return _rows(layer, length, dtype, times, queries, sample.keys.shape[1], "cpu" if device == "cpu" else "wall")
-
-
-_CHUNK = 32  # as in megatron_oisd/pipeline/taps.py
 
 
 def _rows(

@@ -230,10 +230,14 @@ def lens_js(
     hidden_gradient = upcast(student_hidden).new_empty(student_hidden.shape)
     values = hidden_gradient.new_empty(student_hidden.shape[0])
     scale = coefficients.to(values.dtype)
+    # Reused: the chunk before would otherwise live until its successor's logits are there.
+    rows = min(chunk_tokens, student_hidden.shape[0])
+    own = head.new_empty(rows, head.shape[0])
+    others = head.new_empty(rows, head.shape[0]) if isinstance(teacher, HiddenTeacher) else None
     for start in range(0, student_hidden.shape[0], chunk_tokens):
         chunk = slice(start, start + chunk_tokens)
         hidden = student_hidden[chunk]
-        logits = hidden @ head.t()
+        logits = torch.mm(hidden, head.t(), out=own[: len(hidden)])
         known = teacher.rows(chunk)
         if isinstance(known, TopKTeacher):
             values[chunk] = topk_rows_(
@@ -241,7 +245,11 @@ def lens_js(
                 first_token=first_token,
             )  # fmt: skip
         else:
-            theirs = known.hidden @ head.t() if isinstance(known, HiddenTeacher) else known.logits
+            if isinstance(known, HiddenTeacher):
+                assert others is not None
+                theirs = torch.mm(known.hidden, head.t(), out=others[: len(hidden)])
+            else:
+                theirs = known.logits
             values[chunk] = _rows_(logits, theirs, scale[chunk], columns=columns, temperature=temperature, group=group)
         _product_(hidden_gradient[chunk], logits, head, beta=0)
         if head_gradient is not None:

@@ -64,27 +64,6 @@ def gather_rows(local: Tensor, bounds: list[int], group: Group) -> Tensor:
     return torch.cat([part[:size] for part, size in zip(everything.split(largest), sizes, strict=True)])
 
 
-def log_sum_exp(parts: Tensor, group: Group) -> Tensor:
-    """Log-sum-exp along the sharded last axis, one collective for all rows.
-
-    Args:
-        parts: logits ``[..., v]``, at least fp32. A shard without any valid column (``v == 0``) is allowed.
-        group: the ranks that share the axis.
-
-    Returns:
-        ``[...]``, identical on every rank. Collectives: one all-gather of ``2 * rows`` numbers; not differentiable.
-    """
-    if parts.shape[-1]:
-        maximum = parts.amax(-1)
-        # A row of -inf only (every column masked) has no mass: keep it out of the exponent.
-        shift = torch.where(torch.isinf(maximum) & (maximum < 0), torch.zeros_like(maximum), maximum)
-        total = (parts - shift.unsqueeze(-1)).exp().sum(-1)
-    else:
-        shift = parts.new_full(parts.shape[:-1], -torch.inf)
-        total = parts.new_zeros(parts.shape[:-1])
-    return combine_log_sum_exp(torch.stack([shift, total]), group)
-
-
 def combine_log_sum_exp(statistics: Tensor, group: Group) -> Tensor:
     """Log-sum-exp over shards from each shard's ``[2, ...]``: maximum and sum of ``exp(logit - maximum)``.
 

@@ -25,11 +25,6 @@ from megatron_oisd.pipeline.metrics import Metrics
 from megatron_oisd.pipeline.microbatch import Microbatch
 from megatron_oisd.pipeline.placement import Source, device_of
 
-# Sampled queries per chunk of the attention loss. One query's gathered keys are K * ng * d fp32 numbers: 256 kB for
-# Qwen3-4B (64 * 8 * 128). A chunk's peak is about 3.4 times its gathered keys: near 30 MB there, and below 1 GB for 128
-# MLA heads of 192 without tensor parallelism.
-_CHUNK_QUERIES = 32
-
 
 @dataclass
 class Chunk:
@@ -212,7 +207,7 @@ class Taps:
         query, key = _query_and_key(args, kwargs, entry)
         scores = teacher_log_probs(
             _with_rows(query), self._whole_key(_with_rows(key), entry), entry.sample,
-            scale=_softmax_scale(module, query) if scale is None else scale, chunk_queries=_CHUNK_QUERIES,
+            scale=_softmax_scale(module, query) if scale is None else scale,
         )  # fmt: skip
         entry.captured["attn"] = [scores]
 
@@ -295,7 +290,7 @@ class Taps:
         loss = attention_alignment(
             _with_rows(query), self._whole_key(_with_rows(key), entry), self._exchange.attention_teacher(entry),
             entry.sample, entry.attn_coefficients * (config.lambda_attn / len(config.layers) * self._loss_scale()),
-            scale=scale, num_heads_total=self._model_config.num_attention_heads, chunk_queries=_CHUNK_QUERIES,
+            scale=scale, num_heads_total=self._model_config.num_attention_heads,
         )  # fmt: skip
         # Metrics divide by TP what every rank counts alike; here each rank holds the share of its own heads.
         whole = loss.values * group_size(self.tp_group)

@@ -14,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megatron_oisd.losses import attention
 from megatron_oisd.losses.attention import attention_alignment, sample_keys, teacher_log_probs
 
 
@@ -237,3 +238,20 @@ def test_memory_is_bounded_by_the_chunk():
     gathered, scores = 4 * chunk * keys * key_heads * dim, 4 * chunk * heads * keys
     assert peaks[chunk] <= 4 * gathered + 12 * scores
     assert max(peaks.values()) <= 1.02 * peaks[chunk]
+
+
+@pytest.mark.parametrize(("heads", "dim", "sizes"), [(2, 8, [2, 2, 2]), (8, 16, [1] * 6), (1, 1, [6])])
+def test_without_a_number_a_chunk_holds_what_its_keys_allow(heads, dim, sizes, monkeypatch):
+    """24 keys of 2 heads of 8 fp32 numbers are 1536 bytes; large keys (MLA's) are taken one query at a time."""
+    monkeypatch.setattr(attention, "_GATHERED_BYTES", {"cpu": 4096})
+    student, teacher, _, _ = _case(40, 1, heads, heads, dim, dtype=torch.float32)
+    chosen = torch.zeros(1, 40, dtype=torch.bool)
+    chosen[0, 34:] = True
+    sample = sample_keys(chosen, window=16, num_global=8)
+    chunks = attention._chunks(sample, student[1], None)
+    assert [len(chunk.position) for _, chunk in chunks] == sizes
+    weights = torch.linspace(-1.0, 1.0, 6)
+    for ours, expected in zip(
+        _run(student, teacher, sample, weights, chunk=None), _run(student, teacher, sample, weights), strict=True
+    ):
+        torch.testing.assert_close(ours, expected)
