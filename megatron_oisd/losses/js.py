@@ -186,6 +186,7 @@ class LensLoss:
     """``[N, h]`` gradient of ``sum(coefficients * values)`` w.r.t. the student's normed hidden states."""
 
 
+@torch.no_grad()
 def lens_js(
     student_hidden: Tensor,
     teacher: Teacher,

@@ -162,6 +162,15 @@ def test_the_arriving_gradient_multiplies_both():
         torch.testing.assert_close(found, tuple(factor * part for part in once))
 
 
+def test_parameters_may_be_given_as_they_are():
+    """The pipeline's loss makes gradients itself: nothing is recorded, whatever its arguments require."""
+    student, theirs, head = _tensors(3, 8, 4)
+    arguments = {"temperature": 1.0, "group": None, "chunk_tokens": 2}
+    loss = lens_js(student.requires_grad_(), HiddenTeacher(theirs), head.requires_grad_(), torch.ones(3), **arguments)
+    assert not loss.values.requires_grad
+    assert not loss.hidden_gradient.requires_grad
+
+
 def test_a_second_derivative_is_refused():
     """The gradients are made in forward, so that their own derivative would silently be missing."""
     student, theirs, head = _tensors(3, 8, 4)
