@@ -13,6 +13,7 @@ import importlib.util
 import itertools
 import math
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -269,16 +270,18 @@ class TestKernels:
 @pytest.mark.skipif(INTERPRETED, reason="interpreted functions are not compiled")
 @pytest.mark.parametrize("name", ["_statistics", "_divergences", "_gradient", "_fused"])
 def test_they_compile_for_hopper(name, monkeypatch, tmp_path):
-    """As on an H200, for bf16 rows of any length."""
+    """As on an H200, for bf16 rows of any length that start at multiples of 16 bytes: wide loads, no spilling."""
+    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
     from megatron_oisd.losses import js_triton
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    launch = js_triton._row_launch(torch.empty(0, dtype=torch.bfloat16), 151669)
-    block, constants, signature = launch.pop("BLOCK"), {}, {}
-    for argument in (kernel := getattr(js_triton, name)).arg_names:
+    rows = torch.empty(0, dtype=torch.bfloat16)
+    launch = js_triton._block_launch(151669) if name == "_gradient" else js_triton._row_launch(rows, 151669)
+    block, constants, signature, attributes = launch.pop("BLOCK"), {}, {}, {}
+    for position, argument in enumerate((kernel := getattr(js_triton, name)).arg_names):
         if argument == "BLOCK" or argument.endswith("_stride"):
             signature[argument], constants[argument] = "constexpr", block if argument == "BLOCK" else 1
         elif argument in ("student", "teacher", "out"):
@@ -287,10 +290,20 @@ def test_they_compile_for_hopper(name, monkeypatch, tmp_path):
             signature[argument] = "i32"
         else:
             signature[argument] = "fp32" if argument == "inverse_temperature" else "*fp32"
-    compiled = compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32), options=launch)
-    assert compiled.asm["cubin"]
+        if argument in ("student", "teacher", "out") or argument.endswith("_rows"):
+            attributes[(position,)] = [["tt.divisibility", 16]]  # As Triton finds at the call.
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = compile(source, target=GPUTarget("cuda", 90, 32), options=launch)
+    assert "ld.global.v4" in compiled.asm["ptx"]
     if name in ("_gradient", "_fused"):
+        assert "st.global.v4" in compiled.asm["ptx"]
         assert "cvt.rn.bf16" in compiled.asm["ptx"]  # Rounded to nearest, which the interpreter does not show.
+    cubin, tools = tmp_path / "kernel.cubin", Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    usage = subprocess.run([tools / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True)
+    registers, stack = (int(part) for part in re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout).groups())
+    assert stack <= 8  # A scalar of the row, parked outside the loops.
+    assert registers * 32 * launch["num_warps"] <= 65536  # Of a multiprocessor: more cannot be launched.
 
 
 @pytest.mark.gpus(1)
