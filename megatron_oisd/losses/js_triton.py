@@ -358,8 +358,8 @@ def _on(tensor: Tensor) -> AbstractContextManager[Any]:
 
 
 # A thread takes 16 bytes of each tile at a time, the widest load. 32 warps (at most 64 registers a thread: on sm_90
-# fused_ takes all of them) fill a multiprocessor with one row, which keeps the rows in flight few, because they compete for
-# the second-level cache, and 32 kB of loads under way on each. Chosen from compiled code and arithmetic, not timed.
+# fused_ takes all of them) fill a multiprocessor with one row, which keeps the rows in flight few, because they compete
+# for the second-level cache, and 32 kB of loads under way on each. Chosen from compiled code and arithmetic, not timed.
 _WIDEST_LOAD = 16
 _MOST_WARPS = 32
 
