@@ -348,7 +348,7 @@ _GATHERED_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
 def _chunks(sample: QuerySample, key: Tensor, size: int | None) -> Iterator[tuple[slice, QuerySample]]:
     if size is None:
         of_one_query = sample.keys.shape[1] * key.shape[2] * key.shape[3] * _accumulator(key).itemsize
-        size = max(1, _GATHERED_BYTES.get(key.device.type, 8 << 20) // max(of_one_query, 1))
+        size = max(1, _GATHERED_BYTES.get(key.device.type, _GATHERED_BYTES["cpu"]) // max(of_one_query, 1))
     if size < 1:
         raise ValueError(f"chunk_queries is {size}: expected at least 1")
     for start in range(0, len(sample.position), size):

@@ -322,7 +322,10 @@ def _product_(total: Tensor, left: Tensor, right: Tensor, *, beta: int) -> None:
         for start in range(0, total.shape[0], _PRODUCT_ROWS):
             part = slice(start, start + _PRODUCT_ROWS)
             product = left[part] @ right
-            total[part] = total[part].add_(product) if beta else product
+            if beta:
+                total[part].add_(product)
+            else:
+                total[part] = product
 
 
 @functools.cache

@@ -24,13 +24,7 @@ import torch
 from torch import Tensor
 
 from megatron_oisd.losses.js_eager import blocks, row_statistics, scaled_
-from megatron_oisd.losses.numerics import (
-    Group,
-    all_reduce_sum_,
-    combine_log_sum_exp,
-    group_size,
-    upcast,
-)
+from megatron_oisd.losses.numerics import Group, all_reduce_sum_, combine_log_sum_exp, group_size, upcast
 
 _LOG_2 = math.log(2.0)
 
